@@ -1,0 +1,98 @@
+"""Random crops and flips: a set of numbers for each image, on whole batches, on the images' device.
+
+Each kind is a pair. `draw` makes all the random numbers of an epoch on the CPU, as one int64 table with
+a row an image, so that they are the same on every device and processes can slice them; `apply` does the
+pixels and has no randomness left.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+ATTEMPTS = 10  # tries for a box that fits, then the central crop: torchvision's RandomResizedCrop
+SCALE = (0.08, 1.0)  # share of the image's area in a box, uniform; torchvision's default, as the script
+RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform; the same
+
+
+def draw_crops(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """(num, 3) int64 rows of top, left, flip: top and left in 0..2p within the image padded by
+    p = height // 8 (4 at 32 px, as the script), flip with probability 1/2."""
+    offsets = torch.randint(2 * (height // 8) + 1, (num, 2), generator=generator)
+    return torch.cat([offsets, torch.randint(2, (num, 1), generator=generator)], dim=1)
+
+
+def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
+    """images (N, S, S, 3) uint8 -> (N, S, S, 3) uint8: zero-padded by S // 8, cropped to S, flipped.
+
+    The same pixels as torchvision's RandomCrop(S, padding=S // 8) and RandomHorizontalFlip.
+    """
+    padding = size // 8
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    top, left, flip = draws[:, :, None].unbind(dim=1)
+    place = torch.arange(size, device=images.device)
+    rows = top + place
+    columns = left + torch.where(flip.bool(), size - 1 - place, place)
+    image = torch.arange(len(images), device=images.device)
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """(num, 5) int64 rows of top, left, box height, box width, flip, by RandomResizedCrop's rule.
+
+    The first of ten boxes that fits the image; where none fits, the largest central box of a ratio
+    within bounds.
+    """
+    area, ratio = torch.rand(2, num, ATTEMPTS, generator=generator, dtype=torch.float64)
+    area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * area)
+    ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio)
+    tall, wide = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    first = fits.byte().argmax(dim=1, keepdim=True)
+    box = torch.cat([tall.gather(1, first), wide.gather(1, first)], dim=1)
+    room = torch.tensor([height, width], dtype=torch.float64) - box
+    corner = (torch.rand(num, 2, generator=generator, dtype=torch.float64) * (room + 1)).floor()
+
+    central = torch.tensor([min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))])
+    central_corner = (torch.tensor([height, width]) - central) // 2
+    found = fits.any(dim=1, keepdim=True)
+    boxes = torch.where(found, torch.cat([corner, box], 1), torch.cat([central_corner, central]).double())
+    return torch.cat([boxes.long(), torch.randint(2, (num, 1), generator=generator)], dim=1)
+
+
+def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
+    """images (N, H, W, 3) uint8 -> (N, S, S, 3) float32 in 0..255: boxes resized to S, and flipped.
+
+    Antialiased bilinear as torchvision's resized_crop, less its rounding to whole levels. Resizing is
+    linear and separable, so it is two batched matrix products with weights of each image's own.
+    """
+    num, height, width, channels = images.shape
+    top, left, tall, wide, flip = draws.unbind(dim=1)
+    # Half precision would round pixels and weights to 8 bits. (TF32's 11 bits cost an eighth of a level.)
+    with torch.autocast(images.device.type, enabled=False):
+        down = _resize_weights(top, tall, torch.zeros_like(flip), size, height)
+        across = _resize_weights(left, wide, flip, size, width)
+        rows = down @ images.float().view(num, height, width * channels)
+        rows = rows.view(num, size, width, channels).transpose(1, 2).reshape(num, width, size * channels)
+        return (across @ rows).view(num, size, size, channels).transpose(1, 2)
+
+
+def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor:
+    """(N, size, source) float32, rows adding up to 1: output place i of image n as a mean of its source
+    places start[n] .. start[n] + length[n] - 1, in reverse where flip[n].
+
+    A triangle around the output's centre, one output pixel wide each side and never less than one
+    source pixel, cut off at the box.
+    """
+    start, length, flip = (numbers.float()[:, None, None] for numbers in (start, length, flip))
+    step = length / size
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    centre = start + torch.where(flip > 0, length - centre, centre)
+    place = torch.arange(source, device=start.device) + 0.5
+    weights = (1 - (place - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((place > start) & (place < start + length))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+# kind: (draw(num, height, width, generator) -> (num, C), apply(images, draws, size) -> (N, S, S, 3))
+KINDS = {"crop": (draw_crops, crop), "resized_crop": (draw_boxes, resized_crop)}

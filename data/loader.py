@@ -1,0 +1,136 @@
+"""A split that lives on the training device as one uint8 tensor, and its iteration in batches."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from data import augment
+from data.files import Split
+from utils import distributed
+from utils.errors import UserError
+
+# Pixels augmented in one go on a GPU: 16 batches of 128 images of 32 x 32. One batch alone is too little work
+# for the launches of its dozen kernels; sixteen make them a small part of a step, for 25 MB of float32. On a CPU
+# there is nothing to launch, and one batch at a time stays in its cache.
+CHUNK_PIXELS = 16 * 128 * 32 * 32
+# Pixels in an evaluation batch: 512 images of 32 x 32. Nothing is learned there, so the size decides
+# speed and memory only (results do not depend on it), and larger images come in smaller batches.
+EVALUATION_PIXELS = 512 * 32 * 32
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """A CPU generator of its own for each (seed, purpose), hashed so that no two pairs are near."""
+    digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class Loader:
+    """Iterating yields (images (N, 3, S, S) float32, normalised, channels_last; labels (N,) int64;
+    index (N,) int64, the row in the split), all on the device; the last, smaller batch is kept.
+
+    With `augmentation` (a name of `augment.KINDS`) it is a training loader: an order and augmentation
+    for each epoch, from (seed, epoch) alone, and of every batch this process's share. Without, it is an
+    evaluation loader: file order, and of the whole split this process's contiguous share.
+
+    `len()` counts this process's batches; `num_samples` the images of the whole split.
+
+    Raises UserError where a training batch would leave a process without an image.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        class_names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        device: torch.device,
+        augmentation: str | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+    ):
+        images = torch.from_numpy(split.images)
+        if augmentation != "resized_crop":  # that one crops from the files' own size
+            images = resize(images, image_size)
+        self.images = images.to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+        self.num_samples = len(images)
+        self.image_size = image_size
+        self.augmentation = augmentation
+        self.seed = seed
+        self.epoch = 0
+        self.chunk_pixels = 0 if self.images.device.type == "cpu" else CHUNK_PIXELS
+        # (x / 255 - mean) / std as one multiplication and one addition
+        mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+        if augmentation is None:
+            self.batch_size = max(1, EVALUATION_PIXELS // image_size**2)
+        else:
+            self.batch_size = batch_size
+            last = self.num_samples % batch_size or batch_size
+            if last < distributed.world_size():
+                raise UserError(
+                    f"the last training batch holds {last} of {self.num_samples} images, fewer "
+                    f"than the {distributed.world_size()} processes: change --batch_size "
+                    f"({batch_size}) or --limit_train"
+                )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order and augmentation of the next iterations: a function of (seed, epoch) and nothing else."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        share = distributed.share(self.num_samples)
+        num = self.num_samples if self.augmentation else share.stop - share.start
+        return max(1, -(-num // self.batch_size))  # more processes than images: an empty batch tells the shapes
+
+    def _plan(self) -> list[torch.Tensor]:
+        """This process's part of each batch, (N, 1 + C) int64: rows, and the numbers of augmentation."""
+        if self.augmentation is None:
+            rows = torch.arange(self.num_samples)[distributed.share(self.num_samples), None]
+            return list(rows.split(self.batch_size))
+        draw, _ = augment.KINDS[self.augmentation]
+        random = generator(self.seed, f"epoch {self.epoch}")
+        order = torch.randperm(self.num_samples, generator=random)
+        draws = draw(self.num_samples, *self.images.shape[1:3], random)
+        batches = torch.cat([order[:, None], draws], dim=1).split(self.batch_size)
+        return [batch[distributed.share(len(batch))] for batch in batches]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        batches = self._plan()
+        sizes = [len(batch) for batch in batches]
+        plan = torch.cat(batches).to(self.images.device)  # the one copy of the epoch
+        batches_a_chunk = max(1, self.chunk_pixels // (self.batch_size * self.image_size**2))
+        for first in range(0, len(self), batches_a_chunk):
+            chunk_sizes = sizes[first : first + batches_a_chunk]
+            chunk, plan = plan.split([sum(chunk_sizes), len(plan) - sum(chunk_sizes)])
+            index = chunk[:, 0].contiguous()
+            images = self.images[index]
+            if self.augmentation is not None:
+                _, apply = augment.KINDS[self.augmentation]
+                images = apply(images, chunk[:, 1:], self.image_size)
+            # NHWC in memory, seen as NCHW: that is channels_last
+            images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
+            yield from zip(*(whole.split(chunk_sizes) for whole in (images, self.labels[index], index)), strict=True)
+
+    def pictures(self, index: torch.Tensor) -> torch.Tensor:
+        """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""
+        images = self.images[index.to(self.images.device)].cpu()
+        return resize(images, self.image_size).permute(0, 3, 1, 2)
+
+    def denormalise(self, images: torch.Tensor) -> torch.Tensor:
+        """images (N, 3, S, S) as iteration yields them -> (N, 3, S, S) uint8 on the CPU."""
+        levels = (images.float().permute(0, 2, 3, 1) - self.shift) / self.scale
+        return levels.round().clamp(0, 255).byte().permute(0, 3, 1, 2).cpu()
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """images (M, H, W, 3) uint8 on the CPU -> (M, S, S, 3) uint8, antialiased bilinear."""
+    if images.shape[1:3] == (size, size):
+        return images
+    images = F.interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+    return images.permute(0, 2, 3, 1).contiguous()

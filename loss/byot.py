@@ -1,0 +1,44 @@
+"""BYOT (Zhang et al., ICCV 2019): the deepest classifier teaches the exits."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.exits import Outputs
+
+
+class BYOT(nn.Module):
+    """L_SelfKD = sum over i = k..B of
+    (1 - alpha) CE(P_i, y_soft) + alpha tau^2 KL(P_B^tau || P_i^tau) + beta ||F_i - F_B||^2   (paper, eq. 2).
+
+    P^tau = softmax(logits / tau). CE and KL are means over the batch. The hint ||F_i - F_B||^2 is a sum over
+    batch and features of the places where either feature is positive (as the published script), so its weight
+    grows with the batch. The final classifier is the teacher: no gradient reaches it through KL or hint. The
+    i = B term adds only (1 - alpha) CE(P_B, y_soft).
+
+    Args:
+        alpha: weight of the teacher's prediction against the label.
+        temperature: tau.
+        beta: weight of the hint.
+        from_block: k, the shallowest exit that is taught, from 1.
+    """
+
+    def __init__(self, alpha: float, temperature: float, beta: float, from_block: int):
+        super().__init__()
+        self.alpha, self.tau, self.beta, self.from_block = alpha, temperature, beta, from_block
+
+    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
+        ce = F.cross_entropy(outputs.logits, y_soft, reduction="sum")
+        kl = hint = ce.new_zeros(())
+        teacher = F.log_softmax(outputs.logits.detach() / self.tau, dim=1)
+        target = outputs.feature.detach()
+        taught = slice(self.from_block - 1, None)
+        for logits, feature in zip(outputs.exit_logits[taught], outputs.exit_features[taught], strict=True):
+            ce = ce + F.cross_entropy(logits, y_soft, reduction="sum")
+            student = F.log_softmax(logits / self.tau, dim=1)
+            kl = kl + F.kl_div(student, teacher, reduction="sum", log_target=True)
+            hint = hint + ((feature - target) ** 2 * ((feature > 0) | (target > 0))).sum()
+        return {
+            "byot_ce": (1 - self.alpha) * ce / batch,
+            "byot_kl": self.alpha * self.tau**2 * kl / batch,
+            "byot_hint": self.beta * hint,
+        }

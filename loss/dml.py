@@ -1,0 +1,48 @@
+"""DML (Zhang et al., CVPR 2018) between the exits and the final classifier, the paper's mutual feature learning."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.exits import Outputs
+
+
+class DML(nn.Module):
+    """L_DMFL = 1 / (B - 1) sum over i < B of KL(F_i || F_B) + KL(F_B || F_i)   (paper, eq. 3).
+
+    F is the feature, softmaxed over its channels; mean over the batch, gradient both ways.
+
+    Args:
+        on_output: compare the classifiers' logits (N, K) in place of the features (N, D).
+    """
+
+    def __init__(self, on_output: bool = False):
+        super().__init__()
+        self.on_output = on_output
+
+    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
+        if self.on_output:
+            final, exits = outputs.logits, outputs.exit_logits
+        else:
+            final, exits = outputs.feature, outputs.exit_features
+        log_q = F.log_softmax(final, dim=1)
+        total = 0.0
+        for exit_ in exits:
+            log_p = F.log_softmax(exit_, dim=1)
+            # KL(p || q) + KL(q || p) = sum over channels of (p - q) (log p - log q)
+            total = total + ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()
+        return {"dml": total / (len(exits) * batch)}
+
+
+class PublishedDML(nn.Module):
+    """What the published script adds for `--DML`: 1 / (B - 1) sum over i < B of CE(F_i, F_B) + CE(F_B, F_i), which
+    is eq. 3 plus the entropies of both sides, as a number without a gradient."""
+
+    @torch.no_grad()
+    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
+        log_q = F.log_softmax(outputs.feature, dim=1)
+        total = 0.0
+        for feature in outputs.exit_features:
+            log_p = F.log_softmax(feature, dim=1)
+            total = total - (log_p.exp() * log_q + log_q.exp() * log_p).sum()
+        return {"dml": total / (len(outputs.exit_features) * batch)}

@@ -1,0 +1,118 @@
+"""Auxiliary classifiers on intermediate stages, and the network that carries them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.resnet import ResNet, init_weights, pool
+
+
+class Outputs(NamedTuple):
+    """What the network says of a batch of N images; exits run from shallow to deep, i = 1..B-1."""
+
+    logits: Tensor  # (N, K), the final classifier's, P_B before its softmax
+    feature: Tensor  # (N, D), F_B
+    exit_logits: tuple[Tensor, ...] = ()  # B-1 of (N, K), P_i
+    exit_features: tuple[Tensor, ...] = ()  # B-1 of (N, D), F_i
+
+
+class BottleneckExit(nn.Module):
+    """Exit of BYOT (Zhang et al., ICCV 2019): squeeze to D / 4 channels, one convolution that takes the map to
+    the last stage's size, expand to D. Its kernel is 8, 4, 2 for exits 1, 2, 3, however many stages there are.
+
+    Stage i's map (N, C_i, H, H) -> logits (N, K), feature (N, D).
+    """
+
+    def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):
+        super().__init__()
+        kernel, squeezed = 2 ** (4 - number), feature_dim // 4
+
+        def conv(in_channels, out_channels, size):
+            return [
+                nn.Conv2d(in_channels, out_channels, size, stride=size),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(inplace=True),
+            ]
+
+        self.body = nn.Sequential(
+            *conv(channels, squeezed, 1), *conv(squeezed, squeezed, kernel), *conv(squeezed, feature_dim, 1)
+        )
+        self.fc = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return self.body(feature_map)
+
+
+def separable_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Two depthwise-separable 3 x 3 convolutions; the first halves the map, the second sets the width."""
+
+    def half(out, stride):
+        return [
+            nn.Conv2d(in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False),
+            nn.Conv2d(in_channels, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(inplace=True),
+        ]
+
+    return nn.Sequential(*half(in_channels, 2), *half(out_channels, 1))
+
+
+class AttentionExit(nn.Module):
+    """Exit of SCAN (Zhang et al., NeurIPS 2019): the map, weighted by an attention computed from itself, then
+    shrunk and widened to the last stage's size by B - i separable convolutions.
+
+    Stage i's map (N, C_i, H, H), H even -> logits (N, K), feature (N, D).
+    """
+
+    def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):
+        super().__init__()
+        steps = []
+        c = channels
+        while c < feature_dim:  # stages double their channels, so this makes B - i steps
+            steps.append(separable_conv(c, 2 * c))
+            c *= 2
+        self.body = nn.Sequential(*steps)
+        self.attention = nn.Sequential(
+            separable_conv(channels, channels),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+            nn.Sigmoid(),
+        )
+        self.fc = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return self.body(self.attention(feature_map) * feature_map)
+
+
+class MultiExitResNet(ResNet):
+    """A backbone with exits on its first B - 1 stages, or with none.
+
+    Images (N, 3, S, S) -> Outputs, in the parameters' precision: pooling and classifiers run outside autocast,
+    because losses, memory and metrics are computed from them. Backbone parameters keep torchvision's names, the
+    exits' begin with `exits.`.
+
+    Args:
+        backbone: ResNet's arguments.
+        num_classes: K.
+        exit_type: the kind of exit, or None for no exits.
+    """
+
+    def __init__(self, backbone: dict, num_classes: int, exit_type: type[nn.Module] | None):
+        super().__init__(**backbone, num_classes=num_classes)
+        *inner, last = self.stage_channels
+        if exit_type is None:
+            inner = []
+        self.exits = nn.ModuleList(exit_type(i, c, last, num_classes) for i, c in enumerate(inner, start=1))
+        init_weights(self.exits)
+
+    def forward(self, images: Tensor) -> Outputs:
+        maps = self.stages(images)
+        exit_maps = [exit_(m) for exit_, m in zip(self.exits, maps)]  # noqa: B905  (the last map has no exit)
+        with torch.autocast(images.device.type, enabled=False):
+            dtype = self.fc.weight.dtype
+            feature = pool(maps[-1], dtype)
+            exit_features = tuple(pool(m, dtype) for m in exit_maps)
+            exit_logits = tuple(e.fc(f) for e, f in zip(self.exits, exit_features, strict=True))
+            return Outputs(self.fc(feature), feature, exit_logits, exit_features)

@@ -1,0 +1,82 @@
+"""The backbone: a CIFAR stem and one to four stages of torchvision's residual blocks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import conv1x1, conv3x3
+
+
+def init_weights(module: nn.Module) -> None:
+    """Kaiming-normal, fan_out, for convolutions; PyTorch's defaults elsewhere, no zero-init of residuals
+    (as the published script)."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+def pool(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
+    """Global average of a map (N, C, H, W) -> (N, C), in `dtype` whatever autocast made of the map."""
+    return feature_map.to(dtype).mean(dim=(2, 3))
+
+
+class _SlicedConv1x1(nn.Conv2d):
+    """A strided 1 x 1 convolution as one of stride 1 on the pixels that it looks at: the same numbers.
+
+    For fewer than 16 input channels (only `--width` below 16 has them), where oneDNN 3.13's gradient of the strided
+    one in channels_last writes outside its memory, from maps of 48 x 48 on.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        x = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, self.weight)
+
+
+class ResNet(nn.Module):
+    """ResNet / ResNeXt for small images (He et al. 2016; Xie et al. 2017): a 3 x 3 stem of stride 1, no pooling.
+
+    Stage s has `width * 2**(s - 1) * expansion` channels and, from the second on, halves the map. The names of
+    the parameters are torchvision's, so that its `load_state_dict` takes them.
+
+    Args:
+        block: torchvision's BasicBlock or Bottleneck.
+        depths: residual blocks in each of the B stages.
+        num_classes: K.
+        width: channels of the stem and of the first stage before expansion.
+        groups, width_per_group: as torchvision's.
+    """
+
+    def __init__(self, block, depths, num_classes, width, groups, width_per_group):
+        super().__init__()
+        self.conv1 = conv3x3(3, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.stage_channels = []
+        channels = width
+        for s, depth in enumerate(depths):
+            planes, stride = width * 2**s, 1 if s == 0 else 2
+            out = planes * block.expansion
+            kwargs = {} if block.expansion == 1 else {"groups": groups, "base_width": width_per_group}
+            blocks = []
+            for b in range(depth):
+                downsample = None
+                if b == 0 and (stride != 1 or channels != out):
+                    shortcut = conv1x1(channels, out, stride)
+                    if channels < 16 and stride > 1:
+                        shortcut = _SlicedConv1x1(channels, out, 1, stride, bias=False)
+                    downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
+                blocks.append(block(channels, planes, stride if b == 0 else 1, downsample, **kwargs))
+                channels = out
+            setattr(self, f"layer{s + 1}", nn.Sequential(*blocks))
+            self.stage_channels.append(channels)
+        self.fc = nn.Linear(channels, num_classes)
+        init_weights(self)
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Images (N, 3, S, S) -> the B stages' maps, (N, C_s, S / 2**(s-1), S / 2**(s-1))."""
+        x = self.relu(self.bn1(self.conv1(images)))
+        maps = []
+        for s in range(len(self.stage_channels)):
+            x = getattr(self, f"layer{s + 1}")(x)
+            maps.append(x)
+        return maps
