@@ -249,16 +249,14 @@ def command(directory: Path, name: str) -> list[str]:
     return [*words.split(), "--experiments_dir", str(directory), "--run_name", name]
 
 
-@pytest.fixture(autouse=True)
-def fewer_images(monkeypatch):
-    monkeypatch.setattr(synthetic, "TRAIN_PER_CLASS", 4)
-    monkeypatch.setattr(synthetic, "TEST_PER_CLASS", 2)
+def few_images(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(synthetic, "TRAIN_PER_CLASS", 4)
+    patch.setattr(synthetic, "TEST_PER_CLASS", 2)
 
 
 def run(directory: Path, name: str, dying: int | None = None, *words: str) -> int:
     """main.py in this process, which ends where the script would end with an error; else how often it computed
     metrics. The process of rank `dying`, in its first life, kills itself in the second epoch's first step."""
-    synthetic.TRAIN_PER_CLASS, synthetic.TEST_PER_CLASS = 4, 2
     if distributed.is_restart() and distributed.is_main():
         time.sleep(1)  # so that the others look for this process where its predecessor was, if they can
     steps, evaluations = itertools.count(), []
@@ -275,6 +273,7 @@ def run(directory: Path, name: str, dying: int | None = None, *words: str) -> in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "train_step", step)
         patch.setattr(main, "evaluate", evaluate)
+        few_images(patch)
         status = main.main([*command(directory, name), *words])
     if status:
         raise SystemExit(status)
@@ -304,7 +303,8 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_a_run_of_several_processes(finished, num, keep_signals):
+def test_a_run_of_several_processes(finished, num, keep_signals, monkeypatch):
+    few_images(monkeypatch)
     single, shared = finished / "1", finished / str(num)
     assert {file.name for file in shared.iterdir()} == {file.name for file in single.iterdir()}
     assert len(list((shared / "tensorboard").iterdir())) == 1

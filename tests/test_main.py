@@ -143,7 +143,7 @@ def test_the_printed_evaluation_command_works(finished):
     assert done.returncode == 0, done.stderr
     again = json.loads((finished.parent / "pasted" / "val.json").read_text())
     # Another process may have another number of threads, and so other last digits.
-    assert again["val"]["nll"] == pytest.approx(results(finished)["last"]["val"]["nll"], rel=1e-3)
+    assert again["val"]["nll"] == pytest.approx(results(finished)["last"]["val"]["nll"], rel=1e-6)
 
 
 def test_val_only_on_a_directory_of_runs_prints_their_table(finished, capsys):
