@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import main
 from data import DATASETS, build_loaders
 from data.files import Split
 from data.loader import Loader
@@ -33,7 +32,8 @@ from loss import build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
 from utils.cuda_graph import GraphedStep
-from utils.engine import Meter, train_step
+from utils.engine import Meter, autocast, train_step
+from utils.flags import METHODS, number_type, parse_args
 from utils.machine import describe_machine
 from utils.metrics import classification_metrics
 
@@ -120,7 +120,7 @@ class Trainer:
             self.objective.targets = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
         self.objective.to(device).train().set_epoch(1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-        self.autocast = functools.partial(main.autocast, "bf16" if way.bf16 else "fp32", device)
+        self.autocast = functools.partial(autocast, "bf16" if way.bf16 else "fp32", device)
         self.network = torch.compile(self.model, dynamic=False) if way.compile else self.model
         self.meter = Meter(device)
         self.step = GraphedStep() if way.graph else train_step
@@ -274,7 +274,7 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> dict:
     return {
         "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "classifier_type": args.classifier_type,
-        "methods": [m for m in main.METHODS if getattr(args, m)],
+        "methods": [m for m in METHODS if getattr(args, m)],
         "batch_size": args.batch_size,
         "flop_per_image": work,
         "matrix_flop_per_second": {"bf16" if k else "fp32": v for k, v in ceilings.items()},
@@ -383,17 +383,17 @@ def command_line(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--rounds", type=main._number(int, 1, 10**6), default=5, help="rounds over all ways (default: 5, for a median)"
+        "--rounds", type=number_type(int, 1, 10**6), default=5, help="rounds over all ways (default: 5, for a median)"
     )
     parser.add_argument(
         "--steps",
-        type=main._number(int, 1, 10**6),
+        type=number_type(int, 1, 10**6),
         default=None,
         help="steps a round (default: 50 on a GPU, 2 on a CPU)",
     )
     parser.add_argument(
         "--warm_up",
-        type=main._number(int, 1, 10**6),
+        type=number_type(int, 1, 10**6),
         default=None,
         help="steps before (default: 10 on a GPU, 1 on a CPU)",
     )
@@ -411,7 +411,7 @@ def command_line(argv: list[str] | None = None) -> None:
         except (OSError, ValueError, KeyError, TypeError) as e:
             parser.error(f"argument --from_json: {own.from_json} does not hold a benchmark's figures ({e})")
         return
-    args = main.parse_args(["--data_type", "synthetic", "--workers", "0", *rest])
+    args = parse_args(["--data_type", "synthetic", "--workers", "0", *rest])
     on_gpu = args.device.startswith("cuda")
     own.steps = own.steps or (50 if on_gpu else 2)
     own.warm_up = own.warm_up or (10 if on_gpu else 1)

@@ -45,9 +45,11 @@ def test_build_on_it(tmp_path):
     package = package.replace("from loss.pskd", import_line + "from loss.pskd", 1)
     package = package.replace("    return Objective(", append + "    return Objective(", 1)
     (tmp_path / "loss" / "__init__.py").write_text(package)
-    anchor = re.search(r'    flag\(\s*"--DML_as_published".*?\)\n', (ROOT / "main.py").read_text(), re.S).group(0)
-    flag = block_after("`main.py`, in `parse_args`")
-    (tmp_path / "main.py").write_text((ROOT / "main.py").read_text().replace(anchor, anchor + flag, 1))
+    flags = (ROOT / "utils" / "flags.py").read_text()
+    anchor = re.search(r'    flag\(\s*"--DML_as_published".*?\)\n', flags, re.S).group(0)
+    flag = block_after("`utils/flags.py`, in `build_parser`")
+    (tmp_path / "utils" / "flags.py").write_text(flags.replace(anchor, anchor + flag, 1))
+    shutil.copy(ROOT / "main.py", tmp_path)
     words = [*SMALL.split(), "--width", "8", "--BYOT", "--exit_smoothing", "0.1", "--run_name", "own"]
     done = subprocess.run([sys.executable, "main.py", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

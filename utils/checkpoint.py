@@ -96,3 +96,17 @@ def load_checkpoint(path: Path) -> dict:
     if len(checkpoint["history"]) != checkpoint["epoch"] + 1:
         raise UserError(f"{path} is no checkpoint of this program: its history is not one of its epochs")
     return checkpoint
+
+
+def load_states(checkpoint: dict, source, **owners) -> None:
+    """Load the owners' states from the checkpoint's entries of the same names.
+
+    Raises:
+        UserError: the states are another network's.
+    """
+    for name, owner in owners.items():
+        try:
+            owner.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+            reason = str(e).strip().splitlines()[-1].strip()
+            raise UserError(f"{source} does not fit: its {name} is of another run ({reason})") from None

@@ -1,5 +1,6 @@
 """The loops: one epoch of training, one pass of validation. They know no method."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,13 @@ from utils.metrics import classification_metrics
 def learning_rate(lr: float, decay_rate: float, schedule: list[int], epoch: int) -> float:
     """`lr`, times `decay_rate` for each epoch of the schedule that has been reached."""
     return lr * decay_rate ** sum(epoch >= e for e in schedule)
+
+
+def autocast(precision: str, device: torch.device):
+    """The context in which the network computes. No cache of casts: it would outlive a captured step."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    return contextlib.nullcontext()
 
 
 class Meter:
