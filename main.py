@@ -1,6 +1,7 @@
 """Train and evaluate image classifiers with PS-KD, BYOT and DML: flags in, a run directory out."""
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -36,8 +37,8 @@ from utils.validation import evaluation_command, validate_only
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 130 or 143 stopped
-    by SIGINT or SIGTERM."""
+    """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 128 + the number
+    of the signal that stopped it (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
     args = parse_args(argv)
     args.overwrite = args.overwrite and not distributed.is_restart()  # or a restart would lose what is kept
     try:
@@ -97,7 +98,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 if run.num_kept:
                     epochs = "1 epoch is" if run.num_kept == 1 else f"{run.num_kept} epochs are"
                     what = f"{epochs} kept in {run.path / LAST}; {again} goes on from there"
-                print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
         raise
     finally:
         if run:

@@ -27,7 +27,6 @@ from utils.run_directory import BEST, DAMAGED, LAST, NEW, PREVIOUS, RunDirectory
 sys.path.insert(0, str(Path(main.__file__).parent / "scripts"))
 from torture import content
 
-pytestmark = pytest.mark.usefixtures("keep_signals")
 RUN = (
     "--PSKD --BYOT --data_type synthetic --image_size 16 --width 8 --num_resnet_blocks 2 --batch_size 16 --lr 0.05"
     " --end_epoch 3 --device cpu --precision fp32"

@@ -32,7 +32,6 @@ from utils import distributed
 from utils.engine import Meter, predict, train_one_epoch, train_step
 from utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("keep_signals")
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10
 METHODS = "--PSKD --BYOT --DML"
@@ -303,7 +302,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_a_run_of_several_processes(finished, num, keep_signals, monkeypatch):
+def test_a_run_of_several_processes(finished, num, monkeypatch):
     few_images(monkeypatch)
     single, shared = finished / "1", finished / str(num)
     assert {file.name for file in shared.iterdir()} == {file.name for file in single.iterdir()}

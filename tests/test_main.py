@@ -19,7 +19,6 @@ from utils.engine import evaluate
 from utils.metrics import classification_metrics
 
 ROOT = Path(main.__file__).parent
-pytestmark = pytest.mark.usefixtures("keep_signals")
 METRICS = {"top1_error", "top5_error", "nll", "ece", "aurc", "eaurc"}
 SMALL = "--data_type synthetic --width 8 --limit_train 200 --limit_val 100 --end_epoch 2 --device cpu --precision fp32"
 METHODS = ("--PSKD", "--BYOT", "--DML")

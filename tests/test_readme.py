@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 import main
 
 ROOT = Path(main.__file__).parent
 README = (ROOT / "README.md").read_text()
-pytestmark = pytest.mark.usefixtures("keep_signals")
 SMALL = "--data_type synthetic --limit_train 32 --limit_val 100 --end_epoch 1 --device cpu --precision fp32"
 
 

@@ -24,7 +24,6 @@ from utils.checkpoint import load_checkpoint
 from utils.run_directory import LAST
 
 ROOT = Path(main.__file__).parent
-pytestmark = pytest.mark.usefixtures("keep_signals")
 STEPS = 2  # in an epoch of `run`, of which there are three
 
 
@@ -109,7 +108,7 @@ def test_killed_before_the_last_figures_the_same_command_draws_them(short, tmp_p
     assert content(tmp_path / "run") == short
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_signals_say_what_is_kept_and_the_same_command_goes_on(number, epoch, finished, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "run"
@@ -125,6 +124,16 @@ def test_signals_say_what_is_kept_and_the_same_command_goes_on(number, epoch, fi
     assert len((directory / "metrics.jsonl").read_text().splitlines()) == epoch
     assert run(directory) == 0
     assert content(directory) == finished
+
+
+def test_a_closed_terminal_ends_nothing_under_nohup(finished, tmp_path, monkeypatch):
+    before_step(monkeypatch, 1, lambda model: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(tmp_path / "run") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert content(tmp_path / "run") == finished
 
 
 def test_a_signal_before_the_first_step_knows_what_was_done_before(tmp_path, monkeypatch, capsys):

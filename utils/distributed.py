@@ -94,7 +94,7 @@ def is_first_here() -> bool:
 def let_another_speak() -> None:
     """For a process that would only repeat what another one has to say. torchrun ends all once one has ended, so
     this one waits, and is ended; if it is still there after that, it is the only one to know."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     time.sleep(10)
 

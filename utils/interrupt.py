@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception, so that a run can say what it keeps before it ends."""
+"""SIGINT, SIGTERM and SIGHUP as an exception, so that a run can say what it keeps before it ends."""
 
 import contextlib
 import signal
@@ -13,8 +13,11 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def signals_raise():
-    """Within, SIGINT and SIGTERM raise Interrupted; a second one ends the process at once."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Within, Ctrl-C, preemption and a terminal that is closed raise Interrupted; a second signal ends the process at
+    once. A SIGHUP that is ignored, as under nohup, stays so."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def handler(number, frame):
         signal.signal(number, signal.SIG_DFL)
