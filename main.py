@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 128 + the number
     of the signal that stopped it (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
     args = parse_args(argv)
-    args.overwrite = args.overwrite and not distributed.is_restart()  # or a restart would lose what is kept
     try:
         with signals_raise(), distributed.processes(args.device) as device:
             set_up_torch(args.seed, device, args.precision)
@@ -56,12 +55,14 @@ def main(argv: list[str] | None = None) -> int:
             where = "standard output"
         message = f"{where}: {e.strerror or e}; mend it and give the same command"
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(e):
+        # "can't allocate memory": PyTorch on a CPU; ALLOC_FAILED: a CUDA library
+        texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+        if isinstance(e, MemoryError) or any(text in str(e) for text in texts):
             message = (
                 f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size,"
                 " --image_size or --width, or give --precision bf16"
             )
-        elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) or "Dynamo is not supp" in str(e):
             reason = next(line for line in str(e).splitlines() if line.strip())
             message = f"--compile does not work here ({reason[:200]}); give the same command without it"
         else:
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Hold the run directory, train, and leave results.json with the right status whatever happens."""
     run = None  # but in the main process, which alone writes
+    begun = args.overwrite and distributed.is_restart()  # by the processes before these: what they kept must stay
+    args.overwrite = args.overwrite and not begun
 
     def start() -> dict | None:
         nonlocal run
@@ -85,6 +88,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     try:
         checkpoint = distributed.from_main(start)
         if checkpoint and distributed.from_main(lambda: nothing_left(args, run, checkpoint)):
+            if begun:
+                raise UserError(
+                    f"{args.run_name} is finished, perhaps long since: processes given --overwrite died, and may not"
+                    " have come to do it; give the command again"
+                )
             if run:
                 print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts anew")
             return
@@ -154,12 +162,16 @@ def run_epochs(args, device: torch.device, run: RunDirectory | None, checkpoint:
         train_loader.set_epoch(epoch)
         trained = train_one_epoch(network, objective, optimizer, train_loader, context, meter, step, logger.bar(epoch))
         distributed.broadcast_buffers(model)  # first, so that every process finds the same
-        stop_if_not_finite(find_not_finite(model, trained["train"]), epoch, args)
+        if what := find_not_finite(model, trained["train"]):
+            raise not_finite(what, epoch, epoch, args)
         logits, labels = predict(model.eval(), val_loader, context)
         if not run:
             continue
         record = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t, **trained}
-        history.append(record | evaluate_or_stop(logits, labels, args, epoch))
+        try:
+            history.append(record | evaluate(logits, labels, trained_exits(args)))
+        except ValueError:
+            raise not_finite("a validation logit", epoch, epoch, args) from None
         if args.save_predictions and epoch == args.end_epoch - 1:
             write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels)
         states = {"model": model, "optimizer": optimizer, "objective": objective}
@@ -189,20 +201,11 @@ def run_epochs(args, device: torch.device, run: RunDirectory | None, checkpoint:
         run.write_records(history, "finished", test)  # at last: nothing more is done for a run that says so
 
 
-def stop_if_not_finite(what: str | None, epoch: int, args) -> None:
-    """Raises UserError, with what is kept and what to try, where `what` names something that is not finite."""
-    if what:
-        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no epoch was finished"
-        remedy = "a lower --lr, more steps an epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
-        raise UserError(f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); {kept}; try {remedy}")
-
-
-def evaluate_or_stop(logits, labels, args, epoch: int) -> dict:
-    try:
-        return evaluate(logits, labels, trained_exits(args))
-    except ValueError:
-        stop_if_not_finite("a validation logit", epoch, args)
-        raise
+def not_finite(what: str, epoch: int, num_kept: int, args) -> UserError:
+    """The error that stops a run: what is not finite since which epoch, what is kept, what to try."""
+    kept = f"the checkpoint of epoch {num_kept} is kept" if num_kept else "no epoch was finished"
+    remedy = "a lower --lr, more steps an epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+    return UserError(f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); {kept}; try {remedy}")
 
 
 def evaluate_test_split(args, device, run: RunDirectory | None, model, history: list[dict]) -> dict | None:
@@ -218,7 +221,10 @@ def evaluate_test_split(args, device, run: RunDirectory | None, model, history: 
         logits, labels = predict(model.eval(), loader, context)
         if run:
             epoch = (history[-1] if name == "last" else best_record(history))["epoch"]
-            test[name] = {"epoch": epoch, **evaluate_or_stop(logits, labels, args, epoch)}
+            try:
+                test[name] = {"epoch": epoch, **evaluate(logits, labels, trained_exits(args))}
+            except ValueError:
+                raise not_finite("a logit of the test split", epoch, len(history), args) from None
     return test
 
 

@@ -36,7 +36,7 @@ DATASETS = {
 
 
 def build_loaders(args: Namespace, device: torch.device | str, split: str | None = None):
-    """(training loader, validation loader); with split="test", the test split's loader alone.
+    """(training loader, validation loader); with split="val" or "test", that split's loader alone.
 
     Validation is the test split, as in the paper, or with `--val_split` a part of the training split.
     `--classes`, `--val_split` and `--limit_train` or `--limit_val` apply in this order, and rows keep
@@ -69,17 +69,11 @@ def build_loaders(args: Namespace, device: torch.device | str, split: str | None
     else:
         held_out = hold_out(train.labels[train_rows], args.val_split, args.seed)
         val, val_rows, train_rows = train, train_rows[held_out], train_rows[~held_out]
-    return (
-        loader(
-            train,
-            train_rows,
-            args.limit_train,
-            augmentation=row.augmentation,
-            batch_size=args.batch_size,
-            seed=args.seed,
-        ),
-        loader(val, val_rows, args.limit_val),
-    )
+    val_loader = loader(val, val_rows, args.limit_val)
+    if split == "val":
+        return val_loader
+    training = {"augmentation": row.augmentation, "batch_size": args.batch_size, "seed": args.seed}
+    return loader(train, train_rows, args.limit_train, **training), val_loader
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From flags to the objective: the one place in the repository that asks which methods are on."""
+"""From flags to the objective: the one place that turns methods into terms."""
 
 from loss.byot import BYOT
 from loss.dml import DML, PublishedDML

@@ -31,11 +31,13 @@ from data.loader import Loader
 from loss import build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
-from utils.cuda_graph import GraphedStep
+from utils.cuda_graph import WARM_UP, GraphedStep
+from utils.distributed import local_device
 from utils.engine import Meter, autocast, train_step
 from utils.flags import METHODS, number_type, parse_args
 from utils.machine import describe_machine
 from utils.metrics import classification_metrics
+from utils.seed import set_up_torch
 
 PHASES = ("data", "forward", "backward", "optimiser", "rest")
 EPOCH_IMAGES = 50_000  # CIFAR-100's, the unit of the paper's seconds per epoch
@@ -189,24 +191,34 @@ class Trainer:
         return seconds
 
 
+def set_up(args: argparse.Namespace) -> torch.device:
+    """As main.py does."""
+    device = local_device(args.device)
+    set_up_torch(args.seed, device, args.precision)
+    return device
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def reset_peak_memory(device: torch.device) -> None:
+def start_memory(device: torch.device) -> float:
+    """Start to watch the peak; GiB held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts again from here
+        return torch.cuda.memory_allocated(device) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts again from here
+    return resident("VmRSS")
 
 
 def peak_memory(device: torch.device) -> float:
     """GiB: on a GPU, what the allocator held at the most; on a CPU, the process's resident peak."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resident("VmHWM")
+
+
+def resident(entry: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0]) / 2**20
 
 
 def matrix_rate(device: torch.device, bf16: bool) -> float:
@@ -243,8 +255,7 @@ def middle_half(values: list[float]) -> float:
 
 def run(own: argparse.Namespace, args: argparse.Namespace) -> dict:
     """Time every way; returns what the table shows."""
-    device = torch.device(args.device)
-    torch.manual_seed(args.seed)
+    device = set_up(args)
     loader, _ = build_loaders(args, device)
     if loader.num_samples < args.batch_size:
         sys.exit(f"error: {loader.num_samples} training images make no batch of {args.batch_size}: lower --batch_size")
@@ -252,10 +263,10 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> dict:
     trainers, rows = {}, {}
     for name, way in table.items():
         print(f"warming up: {name}", file=sys.stderr, flush=True)
-        reset_peak_memory(device)
+        held = start_memory(device)
         trainers[name] = Trainer(args, way, device, loader)
-        trainers[name].train(own.warm_up)
-        rows[name] = {"peak_memory_gib": peak_memory(device), "seconds_per_step": []}
+        trainers[name].train(max(own.warm_up, WARM_UP + 1) if way.graph else own.warm_up)
+        rows[name] = {"peak_memory_gib": peak_memory(device) - held, "seconds_per_step": []}
     for r in range(own.rounds):
         for name, trainer in trainers.items():
             print(f"round {r + 1}/{own.rounds}: {name}", file=sys.stderr, flush=True)
@@ -324,7 +335,7 @@ def profile(own: argparse.Namespace, args: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    device = torch.device(args.device)
+    device = set_up(args)
     loader, _ = build_loaders(args, device)
     way = ways(device, args.precision == "bf16", False)["main.py"]
     trainer = Trainer(args, way, device, loader)
@@ -350,7 +361,7 @@ def median_seconds(work, device: torch.device, times: int = 9) -> float:
 
 def growth(args: argparse.Namespace) -> str:
     """How validation metrics and the part of a step outside the network grow with the number of images."""
-    device = torch.device(args.device)
+    device = set_up(args)
     dataset = DATASETS["cifar100"]
     lines = ["| images M | metrics of M x 100 predictions, ms | loader and PS-KD a step of 128, ms |", "|---|---|---|"]
     for m in (10_000, 100_000, 1_000_000):
@@ -395,7 +406,7 @@ def command_line(argv: list[str] | None = None) -> None:
         "--warm_up",
         type=number_type(int, 1, 10**6),
         default=None,
-        help="steps before (default: 10 on a GPU, 1 on a CPU)",
+        help="steps before (default: 10 on a GPU, 3 on a CPU)",
     )
     parser.add_argument("--compiled", action="store_true", help="also time torch.compile, which takes minutes to start")
     parser.add_argument("--profile", action="store_true", help="print a torch.profiler table of main.py's step instead")
@@ -411,10 +422,12 @@ def command_line(argv: list[str] | None = None) -> None:
         except (OSError, ValueError, KeyError, TypeError) as e:
             parser.error(f"argument --from_json: {own.from_json} does not hold a benchmark's figures ({e})")
         return
-    args = parse_args(["--data_type", "synthetic", "--workers", "0", *rest])
+    args = parse_args(["--data_type", "synthetic", *rest])
     on_gpu = args.device.startswith("cuda")
+    if not on_gpu:  # the plain way's loading processes would take the processor from the training
+        args.workers = 0
     own.steps = own.steps or (50 if on_gpu else 2)
-    own.warm_up = own.warm_up or (10 if on_gpu else 1)
+    own.warm_up = own.warm_up or (10 if on_gpu else 3)
     if own.growth:
         print(growth(args))
         return

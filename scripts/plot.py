@@ -35,7 +35,7 @@ try:
     import torch
     from matplotlib import pyplot as plt
 
-    from utils.metrics import reliability, risk_coverage_curve
+    from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -108,11 +108,9 @@ def read_prediction(run: Run) -> Prediction | None:
     """None where the run kept none, or the file is damaged."""
     try:
         with np.load(Path(run.name, "predictions.npz")) as file:
-            logits, labels = torch.from_numpy(file["logits"]).double(), torch.from_numpy(file["labels"])
+            return Prediction(*confidence_and_wrong(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"])))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    top, predicted = logits.max(dim=1)
-    return Prediction((top - logits.logsumexp(dim=1)).exp(), (predicted != labels).double())
 
 
 def read_history(run: Run) -> list[dict]:

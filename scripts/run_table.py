@@ -44,7 +44,7 @@ SET_BY_ROW = {
 }  # fmt: skip
 SET_BY_VARIABLE = {"seed": "SEEDS", "end_epoch": "EPOCHS", "experiments_dir": "EXPERIMENTS"}
 NOT_IN_NAME = {
-    "workers", "device", "data_path", "compile", "no-compile",
+    "workers", "device", "data_path", "compile",
     "save_predictions", "saveckp_freq", "overwrite",
 }  # fmt: skip
 

@@ -89,7 +89,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
-    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph.capture())
     return graphs
 
 

@@ -327,6 +327,13 @@ def test_a_run_of_several_processes(finished, num, monkeypatch):
     torch.testing.assert_close(memory.sum(dim=1), torch.ones(40))
 
 
+def test_several_processes_evaluate_what_they_trained(finished, tmp_path):
+    launch(2, run, tmp_path, "again", None, "--val_only", "--resume", str(finished / "2"), logs=tmp_path / "logs")
+    again = json.loads((tmp_path / "again" / "val.json").read_text())
+    assert again["val"] == pytest.approx(results(finished / "2")["last"]["val"], rel=1e-6)
+    assert "written to" in said(tmp_path / "logs", 0) and said(tmp_path / "logs", 1) == ""
+
+
 def test_a_restart_goes_on_from_the_checkpoint(finished, tmp_path):
     """Not from the start, though --overwrite was given; and to the numbers of the run that nothing disturbed."""
     done = launch(2, run, tmp_path, "run", 1, "--overwrite", logs=tmp_path / "logs", max_restarts=1)

@@ -112,6 +112,14 @@ def test_same_command_on_a_finished_run_says_so(finished, capsys):
     assert (finished / "results.json").read_bytes() == before
 
 
+def test_a_restart_does_not_take_an_older_run_for_what_was_to_overwrite_it(finished, monkeypatch, capsys):
+    before = (finished / "results.json").read_bytes()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(finished.parent, *METHODS, "--save_predictions", "--saveckp_freq", "2", "--overwrite") == 1
+    assert "may not have come to do it" in capsys.readouterr().err
+    assert (finished / "results.json").read_bytes() == before
+
+
 def test_other_flags_are_refused_by_name_and_harm_nothing(finished, capsys):
     before = (finished / "results.json").read_bytes()
     assert run(finished.parent, "--PSKD", "--lr", "0.2") == 1
@@ -155,6 +163,19 @@ def test_val_only_on_a_directory_of_runs_prints_their_table(finished, capsys):
     for directory in (finished, experiments / "second"):
         assert written[str(directory)]["val"] == pytest.approx(results(directory)["last"]["val"], rel=1e-12)
     assert str(finished) in capsys.readouterr().out
+
+
+def test_val_only_on_a_directory_goes_on_past_a_checkpoint_that_cannot_be_used(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "good")
+    shutil.copytree(finished, tmp_path / "bad")
+    foreign = checkpoint(finished)
+    del foreign["args"]["limit_val"]
+    torch.save(foreign, tmp_path / "bad" / "checkpoint_last.pth")
+    argv = ["--val_only", "--resume", str(tmp_path), "--experiments_dir", str(tmp_path), "--run_name", "all"]
+    assert main.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 runs could not be evaluated" in error and "limit_val" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "all" / "val.json").read_text()).keys() == {str(tmp_path / "good")}
 
 
 def test_resume_into_another_directory_continues_the_history(finished, tmp_path):

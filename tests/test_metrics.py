@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from utils.metrics import NUM_BINS, classification_metrics, reliability, risk_coverage_curve
+from utils.metrics import NUM_BINS, classification_metrics, confidence_and_wrong, reliability, risk_coverage_curve
 
 PERFECT = {"top1_error": 0, "top5_error": 0, "nll": 0, "ece": 0, "aurc": 0, "eaurc": 0}
 
@@ -238,3 +238,14 @@ def test_labels_out_of_range_are_refused(labels):
 def test_shapes_that_do_not_fit_are_refused(logits, labels):
     with pytest.raises(ValueError, match="need logits"):
         classification_metrics(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
+
+
+def test_the_curves_are_drawn_of_what_the_metrics_are_computed_of():
+    """Ties among the logits included: the lower class is the prediction."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randint(4, (500, 10), generator=generator), torch.randint(10, (500,), generator=generator)
+    confidence, wrong = confidence_and_wrong(logits.float(), labels)
+    expected = classification_metrics(logits.float(), labels)
+    assert 100 * wrong.mean().item() == pytest.approx(expected["top1_error"], rel=1e-12)
+    curve = risk_coverage_curve(confidence, wrong)
+    assert 1000 * curve.mean().item() == pytest.approx(expected["aurc"], rel=1e-12)

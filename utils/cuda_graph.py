@@ -30,7 +30,7 @@ class GraphedStep:
         if images.shape != self.shape or self.warm < WARM_UP:
             self.warm += images.shape == self.shape
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # warm-up belongs on another stream than the default one
+            with torch.cuda.stream(self.stream):  # the one to capture on, which cannot be the default one
                 train_step(model, objective, optimizer, autocast, meter, *tensors, batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
@@ -40,7 +40,7 @@ class GraphedStep:
             self.inputs = [t.clone() for t in tensors]
             optimizer.zero_grad(set_to_none=True)
             self.graph, self.captured = torch.cuda.CUDAGraph(), key
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 train_step(model, objective, optimizer, autocast, meter, *self.inputs, batch)
         for static, tensor in zip(self.inputs, tensors, strict=True):
             static.copy_(tensor)

@@ -5,11 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.errors import UserError
+
 INK, FAINT = "#222222", "#dddddd"
 BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#a83c00"  # Okabe and Ito's, told apart by the colour-blind; red darkened
 SMOOTH = 3  # drawn this many times larger and reduced, so that lines have no steps
 WIDTH, HEIGHT = 560, 460  # pixels of a plot
 MAX_POINTS = 1000  # of a line; more than there are columns of pixels cannot be seen
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Raises UserError with a Pillow that torchvision takes and that has no font of any size."""
+    try:
+        return ImageFont.load_default(SMOOTH * size)
+    except TypeError:
+        raise UserError("Pillow is older than 10.1: pip install --upgrade pillow") from None
 
 
 class _Plot:
@@ -66,7 +76,7 @@ class _Plot:
 
     def text(self, x: float, y: float, text: str, size=13, anchor="lm", colour=INK, upright=False) -> None:
         """`anchor` is Pillow's; `upright` text reads from bottom to top and is centred."""
-        font = ImageFont.load_default(SMOOTH * size)
+        font = load_font(size)
         if not upright:
             self.draw.text((SMOOTH * x, SMOOTH * y), text, fill=colour, font=font, anchor=anchor)
             return
@@ -82,7 +92,7 @@ class _Plot:
         for text, colour, width, dash in entries:
             self.line([(x, 47), (x + 26, 47)], colour, width, dash)
             self.text(x + 34, 47, text)
-            x += 60 + ImageFont.load_default(SMOOTH * 13).getlength(text) / SMOOTH
+            x += 60 + load_font(13).getlength(text) / SMOOTH
 
     def pixels(self) -> np.ndarray:
         return np.asarray(self.image.reduce(SMOOTH))
@@ -157,7 +167,7 @@ def sheet(images: np.ndarray, captions: Sequence[Sequence[str]], title: str, col
     row = cell + line * len(captions[0]) + 4
     width = max(columns * cell + 8, 520)
     plot = _Plot(title, width, 40 + -(-len(images) // columns) * row)
-    font = ImageFont.load_default(SMOOTH * 12)
+    font = load_font(12)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = 8 + i % columns * cell, 40 + i // columns * row
         picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))

@@ -175,12 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto is bf16 on a processor that has it, else fp32; losses, memory and metrics are "
         "float32 or better in all (default: %(default)s)",
     )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the network and, on one GPU, capture the step as a CUDA graph (default: off)",
-    )
+    flag("--compile", help="torch.compile the network and, on one GPU, capture the step as a CUDA graph")
     flag("--sync_bn", help="BatchNorm over all processes' images (GPUs only)")
 
     if not distributed.is_first_here():  # what is wrong with flags or machine is wrong for all of its processes
@@ -263,13 +258,18 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
         if device.type not in ("cpu", "cuda"):
             raise ValueError
         torch.zeros(1, dtype=torch.float64, device=device)
-    except Exception:  # an unknown name, a missing driver, a number too high: each has its own exception
+    except Exception as e:  # an unknown name, a missing driver, a number too high: each has its own exception
+        why = " (its memory is full)" if "out of memory" in str(e) else ""
         fail(
-            f"argument --device: {args.device!r} cannot be used here; this machine has "
+            f"argument --device: {args.device!r} cannot be used here{why}; this machine has "
             + ("cpu" if not torch.cuda.is_available() else f"cpu and cuda:0 to cuda:{torch.cuda.device_count() - 1}")
         )
     on_gpu = device.type == "cuda"
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bf16_instructions()
+    if on_gpu:
+        with torch.cuda.device(device):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = has_bf16_instructions()
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
     if args.precision == "tf32" and not on_gpu:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
-from utils.metrics import reliability, risk_coverage_curve
+from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
 from utils.run_directory import NOT_DEFINING
 
 BAR_INTERVAL = 1.0  # seconds between two looks at the device's meters: each look waits for the device
@@ -219,10 +219,7 @@ def pictures(logits: Tensor, labels: Tensor, loader) -> dict:
 
     `loader` gives the class names and, by row, the images.
     """
-    logits = logits.double()
-    top, predicted = logits.max(dim=1)
-    confidence = (top - logits.logsumexp(dim=1)).exp()
-    wrong = (predicted != labels).double()
+    confidence, wrong = confidence_and_wrong(logits, labels)
     curve, perfect = (risk_coverage_curve(key, wrong).cpu().numpy() for key in (confidence, -wrong))
     made = {
         "reliability": figures.reliability_diagram(*(s.cpu().numpy() for s in reliability(confidence, wrong))),
@@ -231,7 +228,7 @@ def pictures(logits: Tensor, labels: Tensor, loader) -> dict:
     order = torch.where(wrong > 0, confidence, -1).argsort(descending=True, stable=True)
     rows = order[: min(NUM_MISTAKES, int(wrong.sum()))]
     if len(rows):
-        names = loader.class_names
+        names, predicted = loader.class_names, logits.argmax(dim=1)
         captions = [
             (names[labels[row]], names[predicted[row]], f"{100 * confidence[row]:.1f} % sure") for row in rows.tolist()
         ]

@@ -32,10 +32,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         raise ValueError("logits are not finite")
     log_norm = logits.logsumexp(dim=1)
     of_label = logits.gather(1, labels[:, None])
-
-    # Place of the label among the classes, 0 for the prediction: how many classes come before it.
-    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    place = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
+    place = label_place(logits, labels)
     wrong = (place > 0).double()
     confidence = (top - log_norm).exp()
     curve = risk_coverage_curve(confidence, wrong)
@@ -49,6 +46,21 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "eaurc": 1000 * (curve.mean() - risk_coverage_curve(-wrong, wrong).mean()),
     }
     return {name: value.item() for name, value in values.items()}
+
+
+def label_place(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the label, (M,) int64: 0 where the prediction is right."""
+    of_label = logits.gather(1, labels[:, None])
+    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
+
+
+def confidence_and_wrong(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the curves are drawn of, for logits (M, K) and labels (M,): the largest probability, and 1 where the
+    prediction is wrong, else 0; (M,) float64 each."""
+    logits = logits.double()
+    confidence = (logits.max(dim=1).values - logits.logsumexp(dim=1)).exp()
+    return confidence, (label_place(logits, labels) > 0).double()
 
 
 def reliability(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:

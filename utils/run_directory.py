@@ -245,12 +245,12 @@ class RunDirectory:
         return results
 
     def set_status(self, status: str) -> None:
-        """Change the status that results.json gives, if this run has begun to write and the disk allows."""
+        """Change the status that results.json gives, if it is an unfinished run's and the disk allows."""
         if self.num_kept is None:
             return
         results = self._results()
         with contextlib.suppress(OSError, UserError):  # the message on the console matters more than this file
-            if results:
+            if results and results.get("status") != "finished":
                 write_json(self.path / "results.json", {**results, "status": status})
 
 

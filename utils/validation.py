@@ -54,59 +54,65 @@ def validate_only(args, device: torch.device) -> None:
         UserError: flags differ, or a run could not be evaluated (the others are, first).
     """
     path = Path(args.resume)
-    if path.is_dir() and not (path / LAST).exists() and (runs := sorted(p.parent for p in path.rglob(LAST))):
-        sources = [run / LAST for run in runs]
-    else:
-        checkpoint, path, note = find_checkpoint(path)
+    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(path.rglob(LAST)))
+    if not runs:
+        checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
         if note and distributed.is_main():
             print(note)
-        sources = [path]
-        before, now = checkpoint["args"], vars(args)
-        names = {*EVALUATED, *(["seed"] if args.val_split is not None else [])}
-        differ = differences(before, now, allowed=(before.keys() | now.keys()) - names)
-        has_exits = [any(flags.get(m) for m in ("BYOT", "DML")) for flags in (before, now)]
-        if has_exits[0] != has_exits[1]:
-            differ.append(f"exits (--BYOT or --DML) {has_exits[0]} -> {has_exits[1]}")
-        if differ:
-            raise UserError(f"{path} was trained with other flags: {', '.join(differ)}; give them as in training")
-
+        check_flags(checkpoint["args"], vars(args), path)
+        record = {"checkpoint": str(path), **evaluate_checkpoint(checkpoint, path, args, device)}
+        report({str(path): record}, record, args)
+        return
     found, failed = {}, []
-    for source in sources:
+    for file in runs:
         try:
-            found[str(source if len(sources) == 1 else source.parent)] = evaluate_checkpoint(source, args, device)
+            checkpoint = distributed.from_main(lambda: load_checkpoint(file))  # noqa: B023  (called at once)
+            found[str(file.parent)] = evaluate_checkpoint(checkpoint, file, args, device)
         except UserError as e:
-            if len(sources) == 1:
-                raise
             failed.append(str(e))
-    if distributed.is_main():
-        for source, record in found.items():
-            print(source, *results_table({"last": record}), sep="\n")
-        directory = Path(args.experiments_dir, args.run_name)
-        directory.mkdir(parents=True, exist_ok=True)
-        single = {"checkpoint": str(path), **record} if len(sources) == 1 else None
-        write_json(directory / "val.json", single or found)
-        print(f"written to {directory / 'val.json'}")
+    report(found, found, args)
     if failed:
-        raise UserError(f"{len(failed)} of {len(sources)} runs could not be evaluated: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(runs)} runs could not be evaluated: {'; '.join(failed)}")
 
 
-def evaluate_checkpoint(path: Path, args, device: torch.device) -> dict:
+def check_flags(before: dict, now: dict, path: Path) -> None:
+    """Raises UserError where the checkpoint's flags describe another network or other images than those given."""
+    names = {*EVALUATED, *(["seed"] if now["val_split"] is not None else [])}
+    differ = differences(before, now, allowed=(before.keys() | now.keys()) - names)
+    has_exits = [any(flags.get(m) for m in ("BYOT", "DML")) for flags in (before, now)]
+    if has_exits[0] != has_exits[1]:
+        differ.append(f"exits (--BYOT or --DML) {has_exits[0]} -> {has_exits[1]}")
+    if differ:
+        raise UserError(f"{path} was trained with other flags: {', '.join(differ)}; give them as in training")
+
+
+def evaluate_checkpoint(checkpoint: dict, path: Path, args, device: torch.device) -> dict:
     """The epoch and the metrics of a checkpoint, with the network and the images of its own flags.
 
     Raises:
-        UserError: the file is no whole checkpoint, or its logits are not finite.
+        UserError: its flags or its weights are no such, the images are missing, or its logits are not finite.
     """
-    checkpoint = load_checkpoint(path)
     here = {"workers": args.workers}
     if args.data_path != build_parser().get_default("data_path"):
         here["data_path"] = args.data_path
     flags = argparse.Namespace(**{**checkpoint["args"], **here})
-    _, loader = build_loaders(flags, device)
-    model = build_model(flags, loader.num_classes).to(device, memory_format=torch.channels_last)
-    load_states(checkpoint, path, model=model)
-    context = functools.partial(autocast, args.precision, device)
-    logits, labels = predict(model.eval(), loader, context)
     try:
+        loader = build_loaders(flags, device, split="val")
+        model = build_model(flags, loader.num_classes).to(device, memory_format=torch.channels_last)
+        load_states(checkpoint, path, model=model)
+        logits, labels = predict(model.eval(), loader, functools.partial(autocast, args.precision, device))
         return {"epoch": checkpoint["epoch"], **evaluate(logits, labels, trained_exits(flags))}
-    except ValueError as e:
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
         raise UserError(f"{path} cannot be evaluated: {e}") from None
+
+
+def report(records: dict[str, dict], content: dict, args) -> None:
+    """Print a table a checkpoint, and write `content` to val.json, in the main process."""
+    if not distributed.is_main():
+        return
+    for name, record in records.items():
+        print(name, *results_table({"last": record}), sep="\n")
+    directory = Path(args.experiments_dir, args.run_name)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "val.json", content)
+    print(f"written to {directory / 'val.json'}")
