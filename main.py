@@ -16,16 +16,7 @@ from models import build_model
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_states, write_arrays
 from utils.cuda_graph import GraphedStep
-from utils.engine import (
-    Meter,
-    autocast,
-    evaluate,
-    find_not_finite,
-    learning_rate,
-    predict,
-    train_one_epoch,
-    train_step,
-)
+from utils.engine import Meter, autocast, evaluate, find_not_finite, learning_rate, predict, train_one_epoch, train_step
 from utils.errors import UserError
 from utils.flags import METHODS, parse_args
 from utils.interrupt import Interrupted, signals_raise

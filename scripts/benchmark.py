@@ -389,9 +389,7 @@ def growth(args: argparse.Namespace) -> str:
 
 def command_line(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="Every flag of main.py may be given too.",
-        allow_abbrev=False,
+        description=__doc__.split("\n\n")[0], epilog="Every flag of main.py may be given too.", allow_abbrev=False
     )
     parser.add_argument(
         "--rounds", type=number_type(int, 1, 10**6), default=5, help="rounds over all ways (default: 5, for a median)"

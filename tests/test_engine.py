@@ -209,12 +209,7 @@ def test_predict_leaves_the_network_as_it_was():
 
 # Probabilities of exits 1 and 2 and of the final classifier, for two images of classes 0 and 1.
 CLASSIFIERS = torch.tensor(
-    [
-        [[0.8, 0.2], [0.3, 0.7]],
-        [[0.1, 0.9], [0.9, 0.1]],
-        [[0.4, 0.6], [0.2, 0.8]],
-    ],
-    dtype=torch.float64,
+    [[[0.8, 0.2], [0.3, 0.7]], [[0.1, 0.9], [0.9, 0.1]], [[0.4, 0.6], [0.2, 0.8]]], dtype=torch.float64
 ).log()
 TWO_LABELS = torch.tensor([0, 1])
 

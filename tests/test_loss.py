@@ -106,8 +106,7 @@ HINT_2 = 4 + 4 + 0 + 4
 
 
 @pytest.mark.parametrize(
-    "k, ce, kl, hint",
-    [(1, CE_FINAL + CE_1 + CE_2, KL_1 + KL_2, HINT_1 + HINT_2), (2, CE_FINAL + CE_2, KL_2, HINT_2)],
+    "k, ce, kl, hint", [(1, CE_FINAL + CE_1 + CE_2, KL_1 + KL_2, HINT_1 + HINT_2), (2, CE_FINAL + CE_2, KL_2, HINT_2)]
 )
 def test_byot_by_hand(k, ce, kl, hint):
     args = flags("--BYOT", "--alpha", "0.1", "--temperature", "2", "--beta", "0.01", "--BYOT_from_k_block", str(k))

@@ -17,32 +17,14 @@ NEW = "checkpoint_new.pth"  # while it is written
 DAMAGED = "checkpoint_damaged.pth"  # a last one that could not be read, put aside
 
 FILES = (
-    LAST,
-    PREVIOUS,
-    BEST,
-    DAMAGED,
-    "metrics.jsonl",
-    "results.json",
-    "config.json",
-    "predictions.npz",
-    "experiment.log",
+    LAST, PREVIOUS, BEST, DAMAGED, "metrics.jsonl", "results.json", "config.json", "predictions.npz", "experiment.log",
     "val.json",
-)
+)  # fmt: skip
 # Flags that may differ when a run goes on: they say where and how it is computed or kept, not what.
 NOT_DEFINING = {
-    "data_path",
-    "workers",
-    "device",
-    "compile",
-    "experiments_dir",
-    "run_name",
-    "resume",
-    "val_only",
-    "overwrite",
-    "saveckp_freq",
-    "save_predictions",
-    "allow_end_epoch_change",
-}
+    "data_path", "workers", "device", "compile", "experiments_dir", "run_name", "resume", "val_only", "overwrite",
+    "saveckp_freq", "save_predictions", "allow_end_epoch_change",
+}  # fmt: skip
 
 
 def differences(before: dict, now: dict, allowed: set[str] = NOT_DEFINING) -> list[str]:

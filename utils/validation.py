@@ -20,15 +20,8 @@ from utils.run_directory import LAST, differences, find_checkpoint
 
 # What --val_only needs to be as it was in training: the flags that define the network and the images.
 EVALUATED = (
-    "data_type",
-    "classes",
-    "image_size",
-    "val_split",
-    "limit_val",
-    "classifier_type",
-    "num_resnet_blocks",
-    "width",
-)
+    "data_type", "classes", "image_size", "val_split", "limit_val", "classifier_type", "num_resnet_blocks", "width",
+)  # fmt: skip
 
 
 def evaluation_command(args, directory: Path) -> str:
