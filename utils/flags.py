@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag = functools.partial(group.add_argument, action="store_true")
     flag("--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, and stop")
-    flag("--overwrite", help="start anew in a run directory that is in use")
+    flag("--overwrite", help="start anew, in place of what the run directory holds")
     flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
     flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")
     number(
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto is bf16 on a processor that has it, else fp32; losses, memory and metrics are "
         "float32 or better in all (default: %(default)s)",
     )
-    flag("--compile", help="torch.compile the network and, on one GPU, capture the step as a CUDA graph")
+    flag("--compile", help="torch.compile the network and, on one GPU, capture the step as a CUDA graph (default: off)")
     flag("--sync_bn", help="BatchNorm over all processes' images (GPUs only)")
 
     if not distributed.is_first_here():  # what is wrong with flags or machine is wrong for all of its processes
