@@ -308,12 +308,12 @@ def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
 
 
 def test_a_bare_surrounding(tmp_path):
-    """No terminal, no HOME, a working directory that nobody can write, LANG=C, python -O, one processor, and a path
+    """No terminal, no HOME, a working directory that nobody can write, LANG=C, one processor, and a path
     with a space and letters beyond ASCII."""
     experiments = tmp_path / "zwei Wörter 実験"
     experiments.mkdir()
     words = "--data_type synthetic --width 8 --limit_train 8 --limit_val 8 --end_epoch 1 --device cpu --precision fp32"
-    command = [sys.executable, "-O", str(ROOT / "main.py"), *words.split(), "--experiments_dir", str(experiments)]
+    command = [sys.executable, str(ROOT / "main.py"), *words.split(), "--experiments_dir", str(experiments)]
     processor = min(os.sched_getaffinity(0))
     done = subprocess.run(
         [*command, "--run_name", "läuft so"],
