@@ -94,6 +94,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             if isinstance(e, Interrupted):
                 again = "the same command" + (" without --overwrite" if args.overwrite else "")
                 what = f"no epoch was done; {again} starts anew"
+                if run.num_kept is None and args.overwrite:
+                    what = "nothing was done; what the run directory holds is as it was"
                 if run.num_kept:
                     epochs = "1 epoch is" if run.num_kept == 1 else f"{run.num_kept} epochs are"
                     what = f"{epochs} kept in {run.path / LAST}; {again} goes on from there"

@@ -113,18 +113,18 @@ def read_run(directory: Path, which: str) -> Run:
             line = results["test"].get(which, results["test"])
             line = line if "val" in line else {**line, "val": line}
         values = {key: float(line["val"][key]) for key in METRICS if key != "seconds_per_epoch"}
-        values["seconds_per_epoch"] = results.get("seconds_per_epoch")
+        values["seconds_per_epoch"] = float(results["seconds_per_epoch"])
         exits = line.get("exits") or []
         blocks = flags["num_resnet_blocks"]
         classifiers = {f"{i}/{blocks}": metrics for i, metrics in enumerate(exits, 1)}
         classifiers |= {f"{blocks}/{blocks}": line["val"], "ensemble": line.get("ensemble")}
-        values |= {name: metrics and 100 - metrics["top1_error"] for name, metrics in classifiers.items()}
+        values |= {name: 100 - metrics["top1_error"] if metrics else None for name, metrics in classifiers.items()}
         if bad := [name for name, value in values.items() if not math.isfinite(value or 0)]:
             raise Unusable(f"{bad[0]} is not finite")
         commit = config.get("git_commit") or "unknown"
         commit = commit[:7] + commit[40:]  # `with changes` stays
         version = f"torch {config.get('versions', config).get('torch')}, commit {commit}"
-        hardware = config.get("device_name") or "unnamed hardware"
+        hardware = str(config.get("device_name") or "unnamed hardware")
         return Run(os.path.relpath(directory), canonical(flags), flags["seed"], values, hardware, version)
     except FileNotFoundError as error:
         raise Unusable(f"no {Path(error.filename).name}") from None
@@ -373,4 +373,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack ± and ×
     sys.exit(main())

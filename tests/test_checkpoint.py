@@ -1,5 +1,6 @@
 """Checkpoints that are whole, and every kind that is not: what is said, what is gone on from, what stays as it was."""
 
+import errno
 import functools
 import io
 import json
@@ -120,7 +121,11 @@ BAD = [
     ("flipped bit", lambda whole, mark: flipped(whole), "is damaged: the checksum"),
     ("text", lambda whole, mark: b"<html>404 not found</html>\n", "is truncated or no checkpoint"),
     ("pickle with code", lambda whole, mark: pickle.dumps(RunsCode(mark)), "is truncated or no checkpoint"),
-    ("archive with code", lambda whole, mark: saved({"model": RunsCode(mark)}), "is no checkpoint of this program"),
+    (
+        "archive with code",
+        lambda whole, mark: saved({"model": RunsCode(mark)}),
+        "it holds more than tensors and numbers",
+    ),
     ("other zip", lambda whole, mark: zipped("readme.txt"), "is no checkpoint of this program"),
     ("zip with a pickle", lambda whole, mark: zipped("archive/data.pkl"), "is no checkpoint of this program"),
     ("tensor", lambda whole, mark: saved(torch.zeros(3)), "it holds a Tensor"),
@@ -128,6 +133,8 @@ BAD = [
     ("no optimizer", lambda whole, mark: changed(whole, optimizer=None), "it lacks optimizer"),
     ("model of lists", lambda whole, mark: changed(whole, model=[1, 2]), "it lacks model"),
     ("epoch as text", lambda whole, mark: changed(whole, epoch="2"), "it lacks epoch"),
+    ("no epoch", lambda whole, mark: changed(whole, epoch=-1, history=[]), "its history is not one of its epochs"),
+    ("epochs of nothing", lambda whole, mark: changed(whole, epoch=1, history=[{}, 3]), "its history is not one of"),
     ("history too short", lambda whole, mark: changed(whole, history=[]), "its history is not one of its epochs"),
 ]
 bad = pytest.mark.parametrize(("make", "words"), [pytest.param(*row, id=name) for name, *row in BAD])
@@ -141,6 +148,18 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(make, words, finished, 
         load_checkpoint(file)
     assert str(file) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
     assert not mark.exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(directory, monkeypatch, capsys):
+    def forbidden(file, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    before = files(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZipFile", forbidden)
+        assert run(directory) == 1
+    assert f"{directory / LAST}: Permission denied" in one_line(capsys)
+    assert files(directory) == before
 
 
 @bad

@@ -66,8 +66,8 @@ WRONG = [
     ("--lr_decay_schedule 225 150", "--lr_decay_schedule 225, 150 ascend"),
     ("--lr_decay_schedule 150 150", "--lr_decay_schedule 150, 150 ascend"),
     ("--weight_decay -1", "--weight_decay '-1' 0 1"),
-    ("--seed -1", "--seed '-1' 0 4.29497e+09"),
-    ("--seed 4294967296", "--seed '4294967296' 0 4.29497e+09"),
+    ("--seed -1", "--seed '-1' 0 4294967295"),
+    ("--seed 4294967296", "--seed '4294967296' 0 4294967295"),
     ("--seed four", "--seed 'four' whole"),
     ("--saveckp_freq -1", "--saveckp_freq '-1' 0"),
     # names that are not on the list

@@ -120,6 +120,17 @@ def test_a_restart_does_not_take_an_older_run_for_what_was_to_overwrite_it(finis
     assert (finished / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("lost", ["config.json", "metrics.jsonl", "results.json"])
+def test_a_finished_run_that_lost_a_file_gets_it_again(finished, tmp_path, lost):
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    (directory / lost).unlink()
+    assert run(tmp_path, *METHODS, "--save_predictions", "--saveckp_freq", "2") == 0
+    assert results(directory) == results(finished)
+    assert (directory / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert json.loads((directory / "config.json").read_text())["end_epoch"] == 2
+
+
 def test_other_flags_are_refused_by_name_and_harm_nothing(finished, capsys):
     before = (finished / "results.json").read_bytes()
     assert run(finished.parent, "--PSKD", "--lr", "0.2") == 1
@@ -176,6 +187,18 @@ def test_val_only_on_a_directory_goes_on_past_a_checkpoint_that_cannot_be_used(f
     error = capsys.readouterr().err
     assert "1 of 2 runs could not be evaluated" in error and "limit_val" in error and error.count("\n") == 1
     assert json.loads((tmp_path / "all" / "val.json").read_text()).keys() == {str(tmp_path / "good")}
+
+
+def test_val_only_without_a_checkpoint_that_can_be_used_leaves_what_was_written(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "bad")
+    (tmp_path / "bad" / "checkpoint_last.pth").write_bytes(b"PK")
+    written = tmp_path / "all" / "val.json"
+    written.parent.mkdir()
+    written.write_text("before")
+    argv = ["--val_only", "--resume", str(tmp_path), "--experiments_dir", str(tmp_path), "--run_name", "all"]
+    assert main.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "written" not in said.out and written.read_text() == "before"
 
 
 def test_resume_into_another_directory_continues_the_history(finished, tmp_path):

@@ -145,7 +145,8 @@ def test_a_signal_before_the_first_step_knows_what_was_done_before(tmp_path, mon
     assert run(directory) == 143
     assert capsys.readouterr().err.count(f"1 epoch is kept in {directory / LAST}; the same command") == 2
     assert run(directory, "--overwrite") == 143
-    assert "the same command without --overwrite" in capsys.readouterr().err
+    assert "nothing was done; what the run directory holds is as it was" in capsys.readouterr().err
+    assert load_checkpoint(directory / LAST)["epoch"] == 0
 
 
 @contextlib.contextmanager

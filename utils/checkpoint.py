@@ -1,9 +1,11 @@
 """Files that are whole or absent: atomic writing, and checkpoints that are verified before they are believed."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -31,8 +33,9 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        remedy = "make room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
         raise UserError(
-            f"{path} cannot be written ({e.strerror}); what was there before is whole: make room and give the same"
+            f"{path} cannot be written ({e.strerror}); what was there before is whole: {remedy} and give the same"
             " command"
         ) from None
     sync_directory(path.parent)
@@ -71,6 +74,7 @@ def load_checkpoint(path: Path) -> dict:
     Raises:
         UserError: the file is missing, truncated, altered, or something else. torch.load takes a file with
             flipped bytes without a word, so the checksums are verified first; it never runs code from a file.
+        PermissionError: it may be whole, but this user must not read it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -78,13 +82,15 @@ def load_checkpoint(path: Path) -> dict:
         if damaged is not None:
             raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except zipfile.BadZipFile:
         what = "is empty" if path.stat().st_size == 0 else "is truncated or no checkpoint"
         raise UserError(f"{path} {what}") from None
+    except pickle.UnpicklingError:  # whose own message says how to run a file's code
+        raise UserError(f"{path} is no checkpoint of this program: it holds more than tensors and numbers") from None
     except Exception as e:  # unpickling a foreign file can raise anything
         reason = str(e).strip().split("\n")[0][:200]
         raise UserError(f"{path} is no checkpoint of this program ({type(e).__name__}: {reason})") from None
@@ -93,7 +99,9 @@ def load_checkpoint(path: Path) -> dict:
     wrong = [name for name, kind in ENTRIES.items() if not isinstance(checkpoint.get(name), kind)]
     if wrong:
         raise UserError(f"{path} is no checkpoint of this program: it lacks {', '.join(wrong)}, or they are no such")
-    if len(checkpoint["history"]) != checkpoint["epoch"] + 1:
+    history, entries = checkpoint["history"], {"epoch", "seconds", "train", "val", "exits", "ensemble"}
+    whole = all(isinstance(record, dict) and entries <= record.keys() for record in history)
+    if not whole or not history or len(history) != checkpoint["epoch"] + 1:
         raise UserError(f"{path} is no checkpoint of this program: its history is not one of its epochs")
     return checkpoint
 

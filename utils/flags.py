@@ -193,7 +193,8 @@ def number_type(kind: type, low, high):
             value = None
         if value is None or not low <= value <= high:
             word = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {word} from {low:g} to {high:g}")
+            spec = "" if kind is int else "g"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {word} from {low:{spec}} to {high:{spec}}")
         return value
 
     return convert

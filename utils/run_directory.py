@@ -138,8 +138,10 @@ class RunDirectory:
             raise UserError(f"{source} has {done} epochs already, more than --end_epoch {flags['end_epoch']}")
 
     def is_finished(self, end_epoch: int) -> bool:
+        """Whether the run's files say so, and are there; those that are not, the same command writes again."""
         results = self._results()
-        return results.get("status") == "finished" and results.get("epochs") == end_epoch
+        whole = results.get("last") and all((self.path / name).exists() for name in ("config.json", "metrics.jsonl"))
+        return bool(whole) and results.get("status") == "finished" and results.get("epochs") == end_epoch
 
     def _results(self) -> dict:
         """What results.json says; nothing where it is missing or damaged."""

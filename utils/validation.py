@@ -101,7 +101,7 @@ def evaluate_checkpoint(checkpoint: dict, path: Path, args, device: torch.device
 
 def report(records: dict[str, dict], content: dict, args) -> None:
     """Print a table a checkpoint, and write `content` to val.json, in the main process."""
-    if not distributed.is_main():
+    if not records or not distributed.is_main():
         return
     for name, record in records.items():
         print(name, *results_table({"last": record}), sep="\n")
