@@ -217,7 +217,7 @@ class Sweep:
             for name, why in self.failed.items():
                 say(f"  {name}: {why}")
         if self.signal:
-            without = " without --overwrite" if "--overwrite" in sys.argv else ""
+            without = " without --overwrite" if self.again else ""
             say(f"interrupted: the same command{without} goes on from here")
             return 128 + self.signal
         return 1 if self.failed else 0

@@ -157,8 +157,9 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(directory, monkeyp
     before = files(directory)
     with monkeypatch.context() as patch:
         patch.setattr(zipfile, "ZipFile", forbidden)
+        patch.setattr(os, "access", lambda file, mode: False)
         assert run(directory) == 1
-    assert f"{directory / LAST}: Permission denied" in one_line(capsys)
+    assert f"{directory / LAST} cannot be read: Permission denied" in one_line(capsys)
     assert files(directory) == before
 
 

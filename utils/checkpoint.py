@@ -74,7 +74,6 @@ def load_checkpoint(path: Path) -> dict:
     Raises:
         UserError: the file is missing, truncated, altered, or something else. torch.load takes a file with
             flipped bytes without a word, so the checksums are verified first; it never runs code from a file.
-        PermissionError: it may be whole, but this user must not read it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -82,7 +81,7 @@ def load_checkpoint(path: Path) -> dict:
         if damaged is not None:
             raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, PermissionError):
+    except UserError:
         raise
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None

@@ -253,6 +253,8 @@ def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
         try:
             return load_checkpoint(last), last, ""
         except UserError as e:
+            if not os.access(last, os.R_OK):  # it may be whole: nothing to be put aside
+                raise
             problem = str(e)
     elif not previous.exists():
         raise UserError(problem)
