@@ -1,252 +1,348 @@
 """Train and evaluate image classifiers with PS-KD, BYOT and DML: flags in, a run directory out."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
+
 import argparse
-import contextlib
-import functools
 import os
+import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import data
+import loss
+import models
 from data import build_loaders
-from loss import build_objective, trained_exits
+from loss import METHODS, build_objective, trained_exits
 from models import build_model
-from utils import distributed
-from utils.checkpoint import load_checkpoint, load_states, write_arrays
+from utils import distributed, flags
+from utils.calibration import calibrate, early_exit_curve
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_states, write_arrays, write_json
 from utils.cuda_graph import GraphedStep
-from utils.engine import Meter, autocast, evaluate, find_not_finite, learning_rate, predict, train_one_epoch, train_step
-from utils.errors import UserError
-from utils.flags import METHODS, parse_args
-from utils.interrupt import Interrupted, signals_raise
-from utils.logger import Logger
-from utils.machine import describe_machine, has_bf16_instructions
-from utils.run_directory import BEST, LAST, RunDirectory, best_record
-from utils.seed import set_up_torch
-from utils.validation import evaluation_command, validate_only
+from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
+from utils.logger import Logger, results_table
+from utils.run_directory import RunDirectory, find_checkpoint
+from utils.runtime import (
+    Interrupted,
+    UserError,
+    describe_error,
+    first_line,
+    has_bf16_instructions,
+    machine_facts,
+    set_up_torch,
+    signals_raise,
+)
+
+PER_MACHINE = ("data_path", "workers", "experiments_dir")  # flags in which the processes of one run may differ
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag, declared by the package that it belongs to."""
+    parser = flags.Parser(
+        prog="main.py",
+        usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
+        description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
+        "and top-5 error, NLL, ECE and AURC. Files go to <experiments_dir>/<run_name>/. The same command run again "
+        "continues where it stopped.",
+        epilog="example: python main.py --PSKD --BYOT --DML --data_type synthetic --end_epoch 2",
+        allow_abbrev=False,
+    )
+    for package in (loss, data, models, flags):
+        package.add_flags(parser)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, fail: Callable | None = None) -> argparse.Namespace:
+    """Read and check the command line; `auto` is resolved.
+
+    A bad value ends the process with status 2, argparse's usage line and one sentence; or calls `fail(message)`,
+    which must not return.
+    """
+    parser = build_parser()
+    parser.error = fail or parser.error
+    try:
+        distributed.check_environment()
+    except ValueError as e:
+        parser.exit(2, f"main.py: error: {e}\n")
+    args = parser.parse_args(argv)
+    if args.run_name is None:
+        args.run_name = default_run_name(args)
+    for package in (loss, data, models, flags):
+        package.check_flags(args, parser.error)
+    return args
+
+
+def default_run_name(args) -> str:
+    """`<data>_<model>_<methods>_seed<seed>`."""
+    model = models.ALIASES.get(args.classifier_type, args.classifier_type)
+    methods = [method for method in METHODS if getattr(args, method)] or ["baseline"]
+    return "_".join([args.data_type, model, *methods, f"seed{args.seed}"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 128 + the number
-    of the signal that stopped it (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
+    """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 2 wrong flags, 128 + n
+    after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
     args = parse_args(argv)
+    status = 1
     try:
-        with signals_raise(), distributed.processes(args.device) as device:
-            set_up_torch(args.seed, device, args.precision)
-            (validate_only if args.val_only else train)(args, device)
+        with signals_raise(), distributed.process_group(args.device) as device:
+            if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
+                status = 2
+                raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
+            if args.val_only:
+                evaluate_runs(args, given_flags(argv), device)
+            else:
+                set_up_torch(args.seed, device, args.precision)
+                train(args, device)
         return 0
     except Interrupted as e:
         return 128 + e.number
-    except UserError as e:
-        message = str(e)
-    except OSError as e:
-        where = e.filename or Path(args.experiments_dir, args.run_name)
-        if isinstance(e, BrokenPipeError):
-            where = "standard output"
-        message = f"{where}: {e.strerror or e}; mend it and give the same command"
-    except (MemoryError, RuntimeError) as e:
-        # "can't allocate memory": PyTorch on a CPU; ALLOC_FAILED: a CUDA library
-        texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-        if isinstance(e, MemoryError) or any(text in str(e) for text in texts):
-            message = (
-                f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size,"
-                " --image_size or --width, or give --precision bf16"
-            )
-        elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) or "Dynamo is not supp" in str(e):
-            reason = next(line for line in str(e).splitlines() if line.strip())
-            message = f"--compile does not work here ({reason[:200]}); give the same command without it"
-        else:
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        message = describe_error(e, args)
+        if message is None:
             raise
     if not distributed.is_main():
-        distributed.let_another_speak()
+        distributed.leave_the_message_to_another()
         message = f"process {os.environ['RANK']}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return 1
+    return status
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Hold the run directory, train, and leave results.json with the right status whatever happens."""
-    run = None  # but in the main process, which alone writes
-    begun = args.overwrite and distributed.is_restart()  # by the processes before these: what they kept must stay
-    args.overwrite = args.overwrite and not begun
-
-    def start() -> dict | None:
-        nonlocal run
-        run = RunDirectory(Path(args.experiments_dir, args.run_name))
-        return run.starting_point(vars(args), say=print)
-
-    try:
-        checkpoint = distributed.from_main(start)
-        if checkpoint and distributed.from_main(lambda: nothing_left(args, run, checkpoint)):
-            if begun:
-                raise UserError(
-                    f"{args.run_name} is finished, perhaps long since: processes given --overwrite died, and may not"
-                    " have come to do it; give the command again"
-                )
-            if run:
+def train(args, device: torch.device) -> None:
+    """Train from where the run directory stands to --end_epoch, and report."""
+    with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
+        checkpoint = run.open()
+        if run.is_finished:
+            if run.is_main:
                 print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts anew")
             return
-        run_epochs(args, device, run, checkpoint)
-    except BaseException as e:
-        if run:
-            run.set_status("interrupted" if isinstance(e, Interrupted) else "failed")
-            if isinstance(e, Interrupted):
-                again = "the same command" + (" without --overwrite" if args.overwrite else "")
-                what = f"no epoch was done; {again} starts anew"
-                if run.num_kept is None and args.overwrite:
-                    what = "nothing was done; what the run directory holds is as it was"
-                if run.num_kept:
-                    epochs = "1 epoch is" if run.num_kept == 1 else f"{run.num_kept} epochs are"
-                    what = f"{epochs} kept in {run.path / LAST}; {again} goes on from there"
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        if run:
-            run.close()
+        train_loader, val_loader = build_loaders(args, device)
+        model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
+        objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
+        optimizer, schedule = build_optimizer(args, model), build_schedule(args)
+        states = {"model": model, "objective": objective, "optimizer": optimizer}
+        history = []
+        if checkpoint:
+            history = checkpoint["history"]
+            load_states(checkpoint, run.source or LAST, **states)
+        network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
+        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
+        if args.cuda_graph:
+            step = GraphedStep(step)
+        facts = machine_facts(device, distributed.world_size())
+        run.begin({**facts, "data": train_loader.describe()}, history)
+        logger = Logger(run.path if run.is_main else None, args.end_epoch)
+        logger.say(describe(args, model, train_loader, val_loader, facts["device_name"]))
+        for note in notes(args, device):
+            logger.say(f"note: {note}")
+        for record in history:
+            logger.epoch(record, is_new=False)
+        train_loader.set_epoch(min(len(history), args.end_epoch - 1))
+        logger.start(vars(args), train_loader)
+
+        logits = labels = None
+        for epoch in range(len(history), args.end_epoch):
+            lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
+            network.train()
+            objective.train().set_epoch(epoch)
+            train_loader.set_epoch(epoch)
+            trained = train_one_epoch(step, train_loader, logger.bar(epoch))
+            distributed.broadcast_buffers(model)  # first, so that every process finds the same
+            if bad := find_not_finite(model, trained["train"]):
+                raise not_finite(bad, epoch, args)
+            start = time.perf_counter()
+            logits, labels = predict(model, val_loader, args.precision)
+            if not run.is_main:
+                continue
+            measured = measure(logits, labels, epoch, args)
+            timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
+            alpha_t = objective.alpha_t
+            history.append({"epoch": epoch, "lr": lr, "alpha_t": alpha_t, **trained, **timing, **measured})
+            if epoch + 1 == args.end_epoch and args.save_predictions:
+                save_predictions(run, logits, labels)
+            run.save(lambda: {name: owner.state_dict() for name, owner in states.items()}, history)
+            logger.epoch(history[-1])
+
+        if logits is None:  # the run had been stopped after its last epoch
+            logits, labels = predict(model, val_loader, args.precision)
+            if run.is_main and args.save_predictions:
+                save_predictions(run, logits, labels)
+        test = None
+        if args.val_split is not None:
+            test = evaluate_test_split(args, device, run, model, val_loader, history)
+        if run.is_main:
+            results = run.write_records(history, "running", test)
+            logger.finish(vars(args), results, logits[-1], labels, val_loader)
+            logger.say(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median) on {facts['device_name']}")
+            logger.say(f"files: {run.path}")
+            logger.say(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
+            logger.close()
+            run.write_records(history, "finished", test)  # last: nothing more is done for a run with that status
 
 
-def nothing_left(args, run: RunDirectory, checkpoint: dict) -> bool:
-    """Whether the run is finished and has every file that is asked for."""
-    wanted = args.save_predictions and not (run.path / "predictions.npz").exists()
-    return checkpoint["epoch"] + 1 == args.end_epoch and run.is_finished(args.end_epoch) and not wanted
+def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:
+    """`evaluate`, with an error for the user where a logit is not finite."""
+    try:
+        return evaluate(logits, labels, trained_exits(args))
+    except ValueError:
+        raise not_finite("a logit", epoch, args) from None
 
 
-def run_epochs(args, device: torch.device, run: RunDirectory | None, checkpoint: dict | None) -> None:
-    """Build everything, train from where the checkpoint stands to --end_epoch, report. `run` is None in all
-    processes but the main one, which alone writes."""
-    train_loader, val_loader = build_loaders(args, device)
-    model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
-    objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+def not_finite(what: str, epoch: int, args) -> UserError:
+    """The error that stops a run: what is not finite since which epoch, and what to try."""
+    remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+    return UserError(
+        f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); earlier checkpoints are kept; try {remedy}"
     )
-    history = []
-    if checkpoint:
-        history = checkpoint["history"]
-        load_states(checkpoint, (run and run.source) or LAST, model=model, optimizer=optimizer, objective=objective)
-    network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
-    step = train_step
-    if args.compile:
-        network = torch.compile(network, dynamic=False)  # two shapes: the whole batch and the last one
-        if device.type == "cuda" and distributed.world_size() == 1:
-            step = GraphedStep()
-    if run:
-        run.begin({**vars(args), **describe_machine(device)}, history, args.overwrite)
-    logger = Logger(run and run.path, args.end_epoch)
-    logger.say(describe(args, device, model, train_loader, val_loader))
-    for note in notes(args, device):
-        logger.say(f"note: {note}")
-    for record in history:
-        logger.epoch(record)
-    train_loader.set_epoch(min(len(history), args.end_epoch - 1))
-    logger.start(vars(args), train_loader)
-
-    context = functools.partial(autocast, args.precision, device)
-    meter = Meter(device)
-    logits = labels = None
-    for epoch in range(len(history), args.end_epoch):
-        start = time.perf_counter()
-        lr = learning_rate(args.lr, args.lr_decay_rate, args.lr_decay_schedule, epoch)
-        optimizer.param_groups[0]["lr"] = lr
-        network.train()
-        objective.train().set_epoch(epoch)
-        train_loader.set_epoch(epoch)
-        trained = train_one_epoch(network, objective, optimizer, train_loader, context, meter, step, logger.bar(epoch))
-        distributed.broadcast_buffers(model)  # first, so that every process finds the same
-        if what := find_not_finite(model, trained["train"]):
-            raise not_finite(what, epoch, epoch, args)
-        logits, labels = predict(model.eval(), val_loader, context)
-        if not run:
-            continue
-        record = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t, **trained}
-        try:
-            history.append(record | evaluate(logits, labels, trained_exits(args)))
-        except ValueError:
-            raise not_finite("a validation logit", epoch, epoch, args) from None
-        if args.save_predictions and epoch == args.end_epoch - 1:
-            write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels)
-        states = {"model": model, "optimizer": optimizer, "objective": objective}
-        run.save(
-            {name: owner.state_dict() for name, owner in states.items()}
-            | {"epoch": epoch, "history": history, "args": vars(args)},
-            is_best=best_record(history)["epoch"] == epoch,
-            keep=args.saveckp_freq > 0 and (epoch + 1) % args.saveckp_freq == 0,
-        )
-        run.write_records(history, "running")
-        logger.epoch(history[-1], time.perf_counter() - start)
-
-    if logits is None:  # nothing was left to train: the run had been stopped after its last epoch
-        logits, labels = predict(model.eval(), val_loader, context)
-        if run and args.save_predictions:
-            write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels)
-    test = evaluate_test_split(args, device, run, model, history) if args.val_split is not None else None
-    if run:
-        results = run.write_records(history, "running", test)
-        logger.finish(vars(args), results, logits[-1], labels, val_loader)
-        name = describe_machine(device)["device_name"]
-        logger.say(f"{results['seconds_per_epoch']:.2f} s of training an epoch (median) on {name}")
-        logger.say(f"files: {run.path}")
-        logger.say(f"evaluate again: {evaluation_command(args, run.path)}")
-    logger.close()
-    if run:
-        run.write_records(history, "finished", test)  # at last: nothing more is done for a run that says so
 
 
-def not_finite(what: str, epoch: int, num_kept: int, args) -> UserError:
-    """The error that stops a run: what is not finite since which epoch, what is kept, what to try."""
-    kept = f"the checkpoint of epoch {num_kept} is kept" if num_kept else "no epoch was finished"
-    remedy = "a lower --lr, more steps an epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
-    return UserError(f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); {kept}; try {remedy}")
+def save_predictions(run: RunDirectory, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """predictions.npz: `logits` (M, K), `exit_logits` (B-1, M, K) where there are exits, `labels` (M,)."""
+    exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
+    write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
 
 
-def evaluate_test_split(args, device, run: RunDirectory | None, model, history: list[dict]) -> dict | None:
-    """The test split's metrics for the last and for the best epoch, in the main process."""
+def evaluate_test_split(args, device, run: RunDirectory, model, val_loader, history: list[dict]) -> dict:
+    """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
+    complete in rank 0."""
     loader = build_loaders(args, device, split="test")
-    context = functools.partial(autocast, args.precision, device)
-    # The best epoch may lie before a checkpoint of another directory that the run went on from, and be gone.
+    trained = trained_exits(args)
+    # The best epoch may lie before a checkpoint of another directory that the run continued from, and be gone.
     best = distributed.from_main(lambda: load_checkpoint(run.path / BEST) if (run.path / BEST).exists() else None)
     test = {}
     for name in ("last", "best") if best else ("last",):
+        epoch = best["epoch"] if name == "best" else args.end_epoch - 1
+        if name == "best" and epoch == args.end_epoch - 1:
+            test["best"] = test.get("last")
+            continue
         if name == "best":
             load_states(best, BEST, model=model)
-        logits, labels = predict(model.eval(), loader, context)
-        if run:
-            epoch = (history[-1] if name == "last" else best_record(history))["epoch"]
-            try:
-                test[name] = {"epoch": epoch, **evaluate(logits, labels, trained_exits(args))}
-            except ValueError:
-                raise not_finite("a logit of the test split", epoch, len(history), args) from None
+        heldout, tested = (predict(model, part, args.precision) for part in (val_loader, loader))
+        if not run.is_main:
+            continue
+        record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
+        record["early_exit"] = None
+        if any(trained):
+            model.temperatures = record["temperatures"]
+            costs, backbone = model.multiply_adds(args.image_size)
+            curve = early_exit_curve(heldout, tested, record["temperatures"], costs)
+            record["early_exit"] = {"backbone_multiply_adds": backbone, **curve}
+        test[name] = record
     return test
 
 
+def given_flags(argv: list[str] | None) -> set[str]:
+    """The names of the flags that the command line gives."""
+    parser, unset = build_parser(), object()
+    names = vars(parser.parse_args([]))
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name for name, value in vars(values).items() if value is not unset}
+
+
+def evaluate_runs(args, given: set[str], device: torch.device) -> None:
+    """`--val_only`: evaluate a checkpoint, or the last one of every run under a directory; print, and write val.json.
+
+    Raises:
+        UserError: a run could not be evaluated (after all others were).
+    """
+    path = Path(args.resume)
+    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(path.rglob(LAST)))
+    found, failed = {}, []
+    for file in runs or [path]:
+        try:
+            found[str(file.parent if runs else file)] = evaluate_checkpoint(file, args, given, device)
+        except (UserError, OSError, MemoryError, RuntimeError) as e:
+            failed.append(describe_error(e, args) or f"{file}: {first_line(e)}")
+    if found and distributed.is_main():
+        for name, record in found.items():
+            print(name, *results_table({"last": record}), sep="\n")
+        run_name = args.run_name if "run_name" in given else "val_only"
+        directory = Path(args.experiments_dir, run_name)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "val.json", found if runs else found[str(path)])
+        print(f"written to {directory / 'val.json'}")
+    if failed and not runs:
+        raise UserError(failed[0])
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs could not be evaluated: {'; '.join(failed)}")
+
+
+def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device) -> dict:
+    """The metrics of a checkpoint, with the network and the images of its own flags; data_path, device and precision
+    may be given beside it.
+
+    Raises:
+        UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing.
+    """
+    checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
+    if note and distributed.is_main():
+        print(note)
+    saved = checkpoint["args"]
+    may_differ = flags.RUNTIME_FLAGS | {"precision"}
+    if contradictions := [n for n in sorted(given - may_differ) if getattr(args, n) != saved.get(n)]:
+        name = contradictions[0]
+        raise UserError(f"--{name} {getattr(args, name)} contradicts {path}, trained with {saved.get(name)}")
+    known = vars(build_parser().parse_args([])).keys()
+    values = {n: v for n, v in saved.items() if n in known and n not in flags.RUNTIME_FLAGS - {"data_path"}}
+    values |= {n: getattr(args, n) for n in (given & may_differ) | {"device", "val_only", "resume", "experiments_dir"}}
+
+    def fail(message):
+        raise UserError(f"the flags in {path} are not valid here: {message}")
+
+    own = parse_args(to_argv(values), fail)
+    set_up_torch(own.seed, device, own.precision)
+    loader = build_loaders(own, device, split="val")
+    model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
+    load_states(checkpoint, path, model=model)
+    logits, labels = predict(model, loader, own.precision)
+    return {"checkpoint": str(path), "epoch": checkpoint["epoch"], **measure(logits, labels, checkpoint["epoch"], own)}
+
+
+def to_argv(values: dict) -> list[str]:
+    """Flags by name -> the words of a command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return words
+
+
 def notes(args, device: torch.device) -> list[str]:
-    """What a user may not have meant, though it is allowed."""
+    """What is allowed but perhaps not meant."""
     found = []
     if not any(epoch < args.end_epoch for epoch in args.lr_decay_schedule):
         schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"
         found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
+    if args.compile:
+        found.append("--compile: compiling in the first step takes minutes")
     return found
 
 
-def describe(args, device, model, train_loader, val_loader) -> str:
-    """One line: what will be trained on what."""
+def describe(args, model, train_loader, val_loader, device_name: str) -> str:
+    """One line: which network is trained on what."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     methods = " + ".join(m for m in METHODS if getattr(args, m)) or "baseline"
     return (
         f"{args.run_name}: {args.classifier_type} ({millions:.2f} M parameters), {methods}, {args.data_type}"
         f" ({train_loader.num_samples} training, {val_loader.num_samples} validation images of"
         f" {args.image_size} px, {train_loader.num_classes} classes), {args.end_epoch} epochs,"
-        f" {args.precision} on {describe_machine(device)['device_name']}"
+        f" {args.precision} on {device_name}"
     )
 
 
 if __name__ == "__main__":
     for number, stream in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, stream) is None:  # closed by whoever started this; open() takes the lowest number that is free
+        if getattr(sys, stream) is None:  # closed by the caller; open() takes the lowest number that is free
             setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (until the process ends)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal's encoding lacks
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""Random crops and flips: a set of numbers for each image, on whole batches, on the images' device.
+"""Random crops and flips: drawn per image, applied to complete batches on the images' device.
 
 Each kind is a pair. `draw` makes all the random numbers of an epoch on the CPU, as one int64 table with
-a row an image, so that they are the same on every device and processes can slice them; `apply` does the
+one row per image, so that they are the same on every device and processes can slice them; `apply` does the
 pixels and has no randomness left.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 ATTEMPTS = 10  # tries for a box that fits, then the central crop: torchvision's RandomResizedCrop
-SCALE = (0.08, 1.0)  # share of the image's area in a box, uniform; torchvision's default, as the script
+SCALE = (0.08, 1.0)  # fraction of the image's area in a box, uniform; torchvision's default, as the script
 RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform; the same
 
 
@@ -30,9 +30,9 @@ def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
     padding = size // 8
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     top, left, flip = draws[:, :, None].unbind(dim=1)
-    place = torch.arange(size, device=images.device)
-    rows = top + place
-    columns = left + torch.where(flip.bool(), size - 1 - place, place)
+    position = torch.arange(size, device=images.device)
+    rows = top + position
+    columns = left + torch.where(flip.bool(), size - 1 - position, position)
     image = torch.arange(len(images), device=images.device)
     return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
 
@@ -63,7 +63,7 @@ def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) ->
 def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
     """images (N, H, W, 3) uint8 -> (N, S, S, 3) float32 in 0..255: boxes resized to S, and flipped.
 
-    Antialiased bilinear as torchvision's resized_crop, less its rounding to whole levels. Resizing is
+    Antialiased bilinear as torchvision's resized_crop, less its rounding to integer levels. Resizing is
     linear and separable, so it is two batched matrix products with weights of each image's own.
     """
     num, height, width, channels = images.shape
@@ -78,8 +78,8 @@ def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.
 
 
 def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor:
-    """(N, size, source) float32, rows adding up to 1: output place i of image n as a mean of its source
-    places start[n] .. start[n] + length[n] - 1, in reverse where flip[n].
+    """(N, size, source) float32, rows adding up to 1: output pixel i of image n as a mean of its source
+    pixels start[n] .. start[n] + length[n] - 1, in reverse where flip[n].
 
     A triangle around the output's centre, one output pixel wide each side and never less than one
     source pixel, cut off at the box.
@@ -88,9 +88,9 @@ def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor
     step = length / size
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
     centre = start + torch.where(flip > 0, length - centre, centre)
-    place = torch.arange(source, device=start.device) + 0.5
-    weights = (1 - (place - centre).abs() / step.clamp(min=1)).clamp(min=0)
-    weights = weights * ((place > start) & (place < start + length))
+    position = torch.arange(source, device=start.device) + 0.5
+    weights = (1 - (position - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((position > start) & (position < start + length))
     return weights / weights.sum(dim=2, keepdim=True)
 
 

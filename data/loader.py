@@ -7,21 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from data import augment
-from data.files import Split
+from data.readers import Split
 from utils import distributed
-from utils.errors import UserError
+from utils.runtime import UserError
 
-# Pixels augmented in one go on a GPU: 16 batches of 128 images of 32 x 32. One batch alone is too little work
-# for the launches of its dozen kernels; sixteen make them a small part of a step, for 25 MB of float32. On a CPU
-# there is nothing to launch, and one batch at a time stays in its cache.
+# Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32. One batch alone is too little work for the
+# launches of its dozen kernels; sixteen make them a small part of a step, for 25 MB of float32. On a CPU there is
+# nothing to launch, and one batch at a time stays in its cache.
 CHUNK_PIXELS = 16 * 128 * 32 * 32
-# Pixels in an evaluation batch: 512 images of 32 x 32. Nothing is learned there, so the size decides
-# speed and memory only (results do not depend on it), and larger images come in smaller batches.
-EVALUATION_PIXELS = 512 * 32 * 32
+# Pixels in an evaluation batch: 512 images of 32 x 32, on a GPU 2,048. Nothing is learned there, so the size decides
+# speed and memory only, and larger images come in smaller batches.
+EVALUATION_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 2048 * 32 * 32}
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator of its own for each (seed, purpose), hashed so that no two pairs are near."""
+    """A CPU generator for each (seed, purpose), hashed so that no two pairs start from near seeds."""
     digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -30,13 +30,14 @@ class Loader:
     """Iterating yields (images (N, 3, S, S) float32, normalised, channels_last; labels (N,) int64;
     index (N,) int64, the row in the split), all on the device; the last, smaller batch is kept.
 
-    With `augmentation` (a name of `augment.KINDS`) it is a training loader: an order and augmentation
-    for each epoch, from (seed, epoch) alone, and of every batch this process's share. Without, it is an
-    evaluation loader: file order, and of the whole split this process's contiguous share.
+    With `augmentation` (a key of `augment.KINDS`) it is a training loader: order and augmentation of each epoch are
+    functions of (seed, epoch) alone, and each process gets its shard of every batch. Without, it is an evaluation
+    loader: file order, and each process gets one contiguous shard of the split.
 
-    `len()` counts this process's batches; `num_samples` the images of the whole split.
+    `len()` counts this process's batches; `num_samples` the images of the complete split.
 
-    Raises UserError where a training batch would leave a process without an image.
+    Raises:
+        UserError: a training batch would leave a process without an image.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Loader:
             images = resize(images, image_size)
         self.images = images.to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.class_names = list(class_names)
+        self.class_names, self.mean, self.std = list(class_names), list(mean), list(std)
         self.num_classes = len(self.class_names)
         self.num_samples = len(images)
         self.image_size = image_size
@@ -68,7 +69,7 @@ class Loader:
         mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         if augmentation is None:
-            self.batch_size = max(1, EVALUATION_PIXELS // image_size**2)
+            self.batch_size = max(1, EVALUATION_PIXELS[device.type] // image_size**2)
         else:
             self.batch_size = batch_size
             last = self.num_samples % batch_size or batch_size
@@ -84,29 +85,29 @@ class Loader:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        share = distributed.share(self.num_samples)
-        num = self.num_samples if self.augmentation else share.stop - share.start
+        shard = distributed.shard(self.num_samples)
+        num = self.num_samples if self.augmentation else shard.stop - shard.start
         return max(1, -(-num // self.batch_size))  # more processes than images: an empty batch tells the shapes
 
     def _plan(self) -> list[torch.Tensor]:
-        """This process's part of each batch, (N, 1 + C) int64: rows, and the numbers of augmentation."""
+        """This process's shard of each batch, (N, 1 + C) int64: rows, and the random numbers of augmentation."""
         if self.augmentation is None:
-            rows = torch.arange(self.num_samples)[distributed.share(self.num_samples), None]
+            rows = torch.arange(self.num_samples)[distributed.shard(self.num_samples), None]
             return list(rows.split(self.batch_size))
         draw, _ = augment.KINDS[self.augmentation]
         random = generator(self.seed, f"epoch {self.epoch}")
         order = torch.randperm(self.num_samples, generator=random)
         draws = draw(self.num_samples, *self.images.shape[1:3], random)
         batches = torch.cat([order[:, None], draws], dim=1).split(self.batch_size)
-        return [batch[distributed.share(len(batch))] for batch in batches]
+        return [batch[distributed.shard(len(batch))] for batch in batches]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         batches = self._plan()
         sizes = [len(batch) for batch in batches]
         plan = torch.cat(batches).to(self.images.device)  # the one copy of the epoch
-        batches_a_chunk = max(1, self.chunk_pixels // (self.batch_size * self.image_size**2))
-        for first in range(0, len(self), batches_a_chunk):
-            chunk_sizes = sizes[first : first + batches_a_chunk]
+        batches_per_chunk = max(1, self.chunk_pixels // (self.batch_size * self.image_size**2))
+        for first in range(0, len(self), batches_per_chunk):
+            chunk_sizes = sizes[first : first + batches_per_chunk]
             chunk, plan = plan.split([sum(chunk_sizes), len(plan) - sum(chunk_sizes)])
             index = chunk[:, 0].contiguous()
             images = self.images[index]
@@ -115,7 +116,11 @@ class Loader:
                 images = apply(images, chunk[:, 1:], self.image_size)
             # NHWC in memory, seen as NCHW: that is channels_last
             images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
-            yield from zip(*(whole.split(chunk_sizes) for whole in (images, self.labels[index], index)), strict=True)
+            yield from zip(*(part.split(chunk_sizes) for part in (images, self.labels[index], index)), strict=True)
+
+    def describe(self) -> dict:
+        """What is needed to use a network that was trained on these images."""
+        return {"class_names": self.class_names, "mean": self.mean, "std": self.std}
 
     def pictures(self, index: torch.Tensor) -> torch.Tensor:
         """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""

@@ -1,11 +1,54 @@
-"""From flags to the objective: the one place that turns methods into terms."""
+"""The methods: their flags, and the one function that turns them into terms of the loss."""
+
+import functools
 
 from loss.byot import BYOT
 from loss.dml import DML, PublishedDML
-from loss.objective import CrossEntropy, Objective
+from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
+from models import num_exits
+from utils.flags import add_number
 
-__all__ = ["Objective", "build_objective", "trained_exits"]
+__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "trained_exits"]
+
+METHODS = ("PSKD", "BYOT", "DML")
+
+
+def add_flags(parser) -> None:
+    group = parser.add_argument_group("methods (all off: the baseline)")
+    flag = functools.partial(group.add_argument, action="store_true")
+    flag("--PSKD", help="soften labels with the previous epoch's own predictions")
+    flag("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
+    flag("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
+    number = functools.partial(add_number, group)
+    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD's own")
+    number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher against the label", "paper")
+    number("--temperature", float, 3.0, 0.01, 1000, "BYOT: tau", "published script")
+    text = "BYOT: weight of the hint, a sum over the batch, so that it grows with --batch_size"
+    number("--beta", float, 1e-6, 0, 1000, text, "paper")
+    number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: shallowest exit that is taught", "paper, Table 3")
+    flag("--DML_on_output", help="DML: compare logits in place of features")
+    flag("--DML_as_published", help="DML: the published script's value, which has no gradient")
+    number("--label_smoothing", float, 0.0, 0, 0.9, "epsilon, in every cross-entropy; not with --PSKD", "off")
+
+
+def check_flags(args, fail) -> None:
+    """Check combinations of the methods' flags; `fail(message)` reports an error and does not return."""
+    for off in ("DML_on_output", "DML_as_published"):
+        if getattr(args, off) and not args.DML:
+            fail(f"argument --{off}: has no effect without --DML")
+    if args.DML_on_output and args.DML_as_published:
+        fail("argument --DML_on_output: cannot be used with --DML_as_published")
+    if args.label_smoothing and args.PSKD:
+        fail("argument --label_smoothing: cannot be used with --PSKD, which softens the labels itself")
+    exits = args.num_resnet_blocks - 1
+    if (args.BYOT or args.DML) and not exits:
+        fail("argument --num_resnet_blocks: 1 block has no exit for --BYOT or --DML; use 2 to 4")
+    if args.BYOT and args.BYOT_from_k_block > exits:
+        fail(
+            f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} is beyond the last exit; "
+            f"{args.num_resnet_blocks} blocks have exits 1 to {exits}"
+        )
 
 
 def build_objective(args, num_samples: int, num_classes: int) -> Objective:
@@ -16,7 +59,11 @@ def build_objective(args, num_samples: int, num_classes: int) -> Objective:
         num_samples: M, images in the training split, the rows of PS-KD's memory.
         num_classes: K.
     """
-    targets = ProgressiveTargets(num_samples, num_classes, args.alpha_T, args.end_epoch) if args.PSKD else None
+    targets = None
+    if args.PSKD:
+        targets = ProgressiveTargets(num_samples, num_classes, args.alpha_T, args.end_epoch)
+    elif args.label_smoothing:
+        targets = LabelSmoothing(args.label_smoothing)
     terms = [CrossEntropy()]
     if args.BYOT:
         terms.append(BYOT(args.alpha, args.temperature, args.beta, args.BYOT_from_k_block))
@@ -27,7 +74,6 @@ def build_objective(args, num_samples: int, num_classes: int) -> Objective:
 
 def trained_exits(args) -> list[bool]:
     """For each exit, shallow to deep, whether a loss trains its classifier (a DML on features trains the exit's
-    feature and leaves the classifier on top of it as it was initialised)."""
-    num_exits = args.num_resnet_blocks - 1 if args.BYOT or args.DML else 0
+    feature and leaves the classifier on top of it at its initial weights)."""
     by_dml = args.DML and args.DML_on_output
-    return [by_dml or (args.BYOT and i >= args.BYOT_from_k_block) for i in range(1, num_exits + 1)]
+    return [by_dml or (args.BYOT and i >= args.BYOT_from_k_block) for i in range(1, num_exits(args) + 1)]

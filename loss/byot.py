@@ -1,19 +1,20 @@
 """BYOT (Zhang et al., ICCV 2019): the deepest classifier teaches the exits."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from loss.objective import Term
 from models.exits import Outputs
 
 
-class BYOT(nn.Module):
+class BYOT(Term):
     """L_SelfKD = sum over i = k..B of
     (1 - alpha) CE(P_i, y_soft) + alpha tau^2 KL(P_B^tau || P_i^tau) + beta ||F_i - F_B||^2   (paper, eq. 2).
 
-    P^tau = softmax(logits / tau). CE and KL are means over the batch. The hint ||F_i - F_B||^2 is a sum over
-    batch and features of the places where either feature is positive (as the published script), so its weight
-    grows with the batch. The final classifier is the teacher: no gradient reaches it through KL or hint. The
-    i = B term adds only (1 - alpha) CE(P_B, y_soft).
+    P^tau = softmax(logits / tau). CE and KL are means over the batch. The hint ||F_i - F_B||^2 is a sum over batch
+    and features where either feature is positive (as in the published script), so its weight grows with the batch.
+    The final classifier is the teacher: no gradient reaches it through KL or hint. The i = B term adds only
+    (1 - alpha) CE(P_B, y_soft).
 
     Args:
         alpha: weight of the teacher's prediction against the label.
@@ -26,19 +27,20 @@ class BYOT(nn.Module):
         super().__init__()
         self.alpha, self.tau, self.beta, self.from_block = alpha, temperature, beta, from_block
 
-    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
-        ce = F.cross_entropy(outputs.logits, y_soft, reduction="sum")
+    def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
+        ce = F.cross_entropy(outputs.logits, targets)
         kl = hint = ce.new_zeros(())
         teacher = F.log_softmax(outputs.logits.detach() / self.tau, dim=1)
-        target = outputs.feature.detach()
+        target_feature = outputs.feature.detach()
         taught = slice(self.from_block - 1, None)
         for logits, feature in zip(outputs.exit_logits[taught], outputs.exit_features[taught], strict=True):
-            ce = ce + F.cross_entropy(logits, y_soft, reduction="sum")
+            ce = ce + F.cross_entropy(logits, targets)
             student = F.log_softmax(logits / self.tau, dim=1)
-            kl = kl + F.kl_div(student, teacher, reduction="sum", log_target=True)
-            hint = hint + ((feature - target) ** 2 * ((feature > 0) | (target > 0))).sum()
+            kl = kl + F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            counted = (feature > 0) | (target_feature > 0)
+            hint = hint + ((feature - target_feature) ** 2 * counted).sum(dim=1).mean()
         return {
-            "byot_ce": (1 - self.alpha) * ce / batch,
-            "byot_kl": self.alpha * self.tau**2 * kl / batch,
-            "byot_hint": self.beta * hint,
+            "byot_ce": (1 - self.alpha) * ce,
+            "byot_kl": self.alpha * self.tau**2 * kl,
+            "byot_hint": self.beta * batch_size * hint,
         }

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from loss.objective import Term
 from models.exits import Outputs
 
 
-class DML(nn.Module):
+class DML(Term):
     """L_DMFL = 1 / (B - 1) sum over i < B of KL(F_i || F_B) + KL(F_B || F_i)   (paper, eq. 3).
 
     F is the feature, softmaxed over its channels; mean over the batch, gradient both ways.
@@ -20,7 +21,7 @@ class DML(nn.Module):
         super().__init__()
         self.on_output = on_output
 
-    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
         if self.on_output:
             final, exits = outputs.logits, outputs.exit_logits
         else:
@@ -30,19 +31,19 @@ class DML(nn.Module):
         for exit_ in exits:
             log_p = F.log_softmax(exit_, dim=1)
             # KL(p || q) + KL(q || p) = sum over channels of (p - q) (log p - log q)
-            total = total + ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()
-        return {"dml": total / (len(exits) * batch)}
+            total = total + ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean()
+        return {"dml": total / len(exits)}
 
 
-class PublishedDML(nn.Module):
-    """What the published script adds for `--DML`: 1 / (B - 1) sum over i < B of CE(F_i, F_B) + CE(F_B, F_i), which
-    is eq. 3 plus the entropies of both sides, as a number without a gradient."""
+class PublishedDML(Term):
+    """The published script's value for `--DML`: 1 / (B - 1) sum over i < B of CE(F_i, F_B) + CE(F_B, F_i), which is
+    eq. 3 plus the entropies of both sides, as a number without a gradient."""
 
     @torch.no_grad()
-    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
         log_q = F.log_softmax(outputs.feature, dim=1)
         total = 0.0
         for feature in outputs.exit_features:
             log_p = F.log_softmax(feature, dim=1)
-            total = total - (log_p.exp() * log_q + log_q.exp() * log_p).sum()
-        return {"dml": total / (len(outputs.exit_features) * batch)}
+            total = total - (log_p.exp() * log_q + log_q.exp() * log_p).sum(dim=1).mean()
+        return {"dml": total / len(outputs.exit_features)}

@@ -1,4 +1,4 @@
-"""L = L_CE + L_SelfKD + L_DMFL: the sum of whichever terms are on."""
+"""L = L_CE + L_SelfKD + L_DMFL: the sum of the terms that are switched on."""
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +8,53 @@ from models.exits import Outputs
 from utils import distributed
 
 
-class CrossEntropy(nn.Module):
+class Term(nn.Module):
+    """One term of the loss: `term(outputs, targets, index, batch_size) -> {name: scalar}`.
+
+    `targets` are classes (N,) int64 or probabilities (N, K), both as F.cross_entropy takes them; `index` (N,) int64
+    are the images' rows in the training split; `batch_size` is the number of images over all processes. A term
+    returns means over the N images that it is given; what the paper sums over the batch is `batch_size` times a mean.
+    State belongs in buffers, so that it travels in the checkpoint.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before epoch `epoch`, counted from 0."""
+
+    def end_epoch(self) -> None:
+        """Called on every process after an epoch's last batch."""
+
+
+class CrossEntropy(Term):
     """L_CE = CE(P_B, y_soft), mean over the batch (paper, eq. 1)."""
 
-    def forward(self, outputs: Outputs, y_soft: Tensor, batch: Tensor | int) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(outputs.logits, y_soft, reduction="sum") / batch}
+    def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(outputs.logits, targets)}
+
+
+class LabelSmoothing(Term):
+    """y_soft = (1 - epsilon) y + epsilon / K (Szegedy et al., CVPR 2016, sec. 7)."""
+
+    def __init__(self, epsilon: float):
+        super().__init__()
+        self.epsilon = epsilon
+
+    def forward(self, outputs: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        """labels (N,) -> y_soft (N, K)."""
+        num_classes = outputs.logits.shape[1]
+        y = torch.zeros_like(outputs.logits).scatter_(1, labels[:, None], 1.0)
+        return (1 - self.epsilon) * y + self.epsilon / num_classes
 
 
 class Objective(nn.Module):
-    """Adds up the terms' parts, on the labels or on PS-KD's progressive targets.
+    """Adds up the terms' parts.
 
-    A term is a module `term(outputs, y_soft, batch) -> {name: scalar}`. `y_soft` is what stands for the label:
-    classes (N,) int64 or probabilities (N, K), both as F.cross_entropy takes them. `batch` is the number of
-    images in the batch over all processes: a term returns its share of the whole batch's loss, a sum over its
-    own images, divided by `batch` where the paper takes a mean.
+    `objective(outputs, labels, index)` returns the loss and its parts (weighted, detached, adding up to the loss).
+    With several processes, however unequal their shards of the batch, the mean of their losses is the loss of the
+    global batch: DistributedDataParallel averages gradients.
 
-    `objective(outputs, labels, index)` returns the loss and its parts (weighted, detached, adding up to the
-    loss). In several processes, whatever their shares of the batch, the mean of their losses is the loss of the
-    whole batch; so it must be, because DistributedDataParallel averages gradients.
+    Args:
+        terms: modules as Term describes them.
+        targets: a module `targets(outputs, labels, index) -> y_soft (N, K)` with Term's hooks; None: the labels.
     """
 
     def __init__(self, terms: list[nn.Module], targets: nn.Module | None = None):
@@ -34,32 +63,36 @@ class Objective(nn.Module):
         self.targets = targets
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the schedule that epoch `epoch`, counted from 0, begins."""
-        if self.targets is not None:
-            self.targets.set_epoch(epoch)
+        """Tell every term that epoch `epoch`, counted from 0, begins."""
+        for module in self._modules_with_hooks():
+            module.set_epoch(epoch)
 
     def end_epoch(self) -> None:
-        """Make the state whole on every process; called once every image of the epoch has been seen."""
-        if self.targets is not None:
-            self.targets.gather()
+        """Tell every term that all images of the epoch have been seen."""
+        for module in self._modules_with_hooks():
+            module.end_epoch()
+
+    def _modules_with_hooks(self) -> list[nn.Module]:
+        return [*([] if self.targets is None else [self.targets]), *self.terms]
 
     @property
     def alpha_t(self) -> float | None:
-        """PS-KD's weight of the past in this epoch, None without PS-KD."""
-        return None if self.targets is None else self.targets.alpha_t
+        """PS-KD's weight of the previous epoch's prediction in this epoch, None without PS-KD."""
+        return getattr(self.targets, "alpha_t", None)
 
-    def forward(self, outputs: Outputs, labels: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Args: the network's outputs; labels (N,) int64; index (N,) int64, the images' rows in the split."""
-        y_soft = labels if self.targets is None else self.targets(labels, index)
-        batch, scale = len(labels), distributed.world_size()
-        if scale > 1:
-            batch = distributed.sum_(torch.full((), float(batch), device=labels.device))
+    def forward(
+        self, outputs: Outputs, labels: Tensor, index: Tensor, batch_size: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Args: the network's outputs; labels (N,) int64; index (N,) int64, the images' rows in the split; the number
+        of images over all processes (default: N times the number of processes)."""
+        processes = distributed.world_size()
+        batch_size = batch_size or processes * len(labels)
+        targets = labels if self.targets is None else self.targets(outputs, labels, index)
         parts = {}
         for term in self.terms:
-            parts.update(term(outputs, y_soft, batch))
-        if scale > 1:
-            parts = {name: scale * part for name, part in parts.items()}
+            parts.update(term(outputs, targets, index, batch_size))
+        weight = processes * len(labels) / batch_size  # of this process's means in the global batch; 1 in one process
+        if weight != 1:
+            parts = {name: weight * part for name, part in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
-        if self.targets is not None and self.training:
-            self.targets.record(outputs.logits, index)
         return loss, {name: part.detach() for name, part in parts.items()}

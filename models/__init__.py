@@ -1,5 +1,9 @@
-"""The architectures: one row each, and the function that builds them."""
+"""The architectures: one row each, the flags that choose one, and the functions that build or load a network."""
 
+import argparse
+import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -7,16 +11,30 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.exits import AttentionExit, BottleneckExit, MultiExitResNet, Outputs
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_states
+from utils.flags import add_number
+from utils.runtime import UserError, first_line
 
-__all__ = ["ALIASES", "MODELS", "Architecture", "Outputs", "build_model", "min_width"]
+__all__ = [
+    "ALIASES",
+    "MODELS",
+    "Architecture",
+    "Outputs",
+    "add_flags",
+    "build_model",
+    "check_flags",
+    "load_run",
+    "min_width",
+    "num_exits",
+]
 
 
 class Architecture(NamedTuple):
-    """What tells one network from another; the numbers are those of torchvision's models of the same names."""
+    """What distinguishes the networks; the numbers are those of torchvision's models of the same names."""
 
     block: type[nn.Module]
-    depths: tuple[int, int, int, int]  # residual blocks a stage
-    exit: type[nn.Module] = AttentionExit  # the published script's choice, FIDELITY: ResNet-18 and -50 differ
+    depths: tuple[int, int, int, int]  # residual blocks per stage
+    exit: type[nn.Module] = AttentionExit  # as the published script: ResNet-18 and -50 differ
     groups: int = 1
     width_per_group: int = 64
 
@@ -36,10 +54,41 @@ MODELS = {
 ALIASES = {"ResNetBeMyOwnTeacher18": "resnet18", "ResNetBeMyOwnTeacher50": "resnet50"}
 
 
+def add_flags(parser) -> None:
+    group = parser.add_argument_group("model")
+    number = functools.partial(add_number, group)
+    group.add_argument(
+        "--classifier_type",
+        choices=[*MODELS, *ALIASES],
+        default="resnet18",
+        metavar="NAME",
+        help=f"one of {', '.join([*MODELS, *ALIASES])} (default: %(default)s, the paper's first; "
+        "the last two are the published script's names)",
+    )
+    number("--num_resnet_blocks", int, 4, 1, 4, "stages of the backbone, one exit on each but the last", "paper")
+    number("--width", int, 64, 1, 1024, "channels of the first stage; small values make quick tests", "paper")
+
+
+def check_flags(args, fail) -> None:
+    """Resolve the published script's names, check the width; `fail(message)` reports an error and does not return."""
+    args.classifier_type = ALIASES.get(args.classifier_type, args.classifier_type)
+    narrowest = min_width(args.classifier_type, args.num_resnet_blocks, num_exits(args) > 0)
+    if args.width < narrowest:
+        fail(
+            f"argument --width: {args.width} leaves a layer without channels; {args.classifier_type} needs "
+            f"at least {narrowest}"
+        )
+
+
+def num_exits(args) -> int:
+    """B - 1 with a method that uses exits, else 0: nothing is computed that no loss reads."""
+    return args.num_resnet_blocks - 1 if args.BYOT or args.DML else 0
+
+
 def min_width(name: str, num_blocks: int, has_exits: bool) -> int:
     """Smallest `--width` that leaves every layer of the network at least one channel."""
     arch = MODELS[name]
-    width = -(-64 // arch.width_per_group)  # a bottleneck has width * width_per_group / 64 channels a group
+    width = -(-64 // arch.width_per_group)  # a bottleneck has width * width_per_group / 64 channels per group
     if arch.block is BasicBlock:
         width = 1
     if has_exits and arch.exit is BottleneckExit:  # squeezes the feature to a quarter
@@ -51,7 +100,7 @@ def build_model(args, num_classes: int) -> MultiExitResNet:
     """Build the network that the flags ask for.
 
     With BYOT or DML it has its B - 1 exits, with neither none. Initial weights depend on `args.seed` and the
-    architecture alone; the backbone is initialised whole before any exit, so that it starts from the same
+    architecture alone; the complete backbone is initialised before any exit, so that it starts from the same
     weights with and without exits. The global random state is left as it was.
     """
     arch = MODELS[ALIASES.get(args.classifier_type, args.classifier_type)]
@@ -64,4 +113,37 @@ def build_model(args, num_classes: int) -> MultiExitResNet:
     }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
-        return MultiExitResNet(backbone, num_classes, arch.exit if args.BYOT or args.DML else None)
+        return MultiExitResNet(backbone, num_classes, arch.exit if num_exits(args) else None)
+
+
+def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
+    """The network of a run directory, on the CPU in evaluation mode, and what is needed to use it.
+
+    Args:
+        path: the run directory.
+        epoch: "last" or "best".
+
+    Returns:
+        model, its `temperatures` being the fitted ones where the run had `--val_split`; and a dict with
+        `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `image_size` (pixels), `args` (the run's flags,
+        a Namespace), `epoch` (from 0), `temperatures` (B, shallow to deep, or None where none were fitted).
+
+    Raises:
+        UserError: files that are missing, damaged or do not fit each other.
+    """
+    path, name = Path(path), {"last": LAST, "best": BEST}[epoch]
+    checkpoint = load_checkpoint(path / name)
+    args = argparse.Namespace(**checkpoint["args"])
+    try:
+        config, results = (json.loads((path / file).read_text()) for file in ("config.json", "results.json"))
+        info = {key: config["data"][key] for key in ("class_names", "mean", "std")}
+        model = build_model(args, len(info["class_names"])).eval()
+        info["image_size"] = args.image_size
+    except (OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is not a complete run directory ({first_line(e)})") from None
+    load_states(checkpoint, path / name, model=model)
+    temperatures = results.get("test", {}).get(epoch, {}).get("temperatures")
+    trained = [1.0 if exit_ else None for exit_ in checkpoint["history"][-1]["exits"]]
+    model.temperatures = temperatures or [*trained, 1.0]
+    info |= {"args": args, "epoch": checkpoint["epoch"], "temperatures": temperatures}
+    return model, info

@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.resnet import ResNet, init_weights, pool
 
 
 class Outputs(NamedTuple):
-    """What the network says of a batch of N images; exits run from shallow to deep, i = 1..B-1."""
+    """The network's outputs for N images; exits run from shallow to deep, i = 1..B-1."""
 
     logits: Tensor  # (N, K), the final classifier's, P_B before its softmax
     feature: Tensor  # (N, D), F_B
@@ -97,6 +98,9 @@ class MultiExitResNet(ResNet):
         backbone: ResNet's arguments.
         num_classes: K.
         exit_type: the kind of exit, or None for no exits.
+
+    `temperatures` (B,), shallow to deep, divide the logits before a confidence is read; None marks an exit whose
+    classifier no loss trains, which never decides. They are 1 until `load_run` sets fitted ones.
     """
 
     def __init__(self, backbone: dict, num_classes: int, exit_type: type[nn.Module] | None):
@@ -106,6 +110,7 @@ class MultiExitResNet(ResNet):
             inner = []
         self.exits = nn.ModuleList(exit_type(i, c, last, num_classes) for i, c in enumerate(inner, start=1))
         init_weights(self.exits)
+        self.temperatures: list[float | None] = [1.0] * (len(inner) + 1)
 
     def forward(self, images: Tensor) -> Outputs:
         maps = self.stages(images)
@@ -116,3 +121,74 @@ class MultiExitResNet(ResNet):
             exit_features = tuple(pool(m, dtype) for m in exit_maps)
             exit_logits = tuple(e.fc(f) for e, f in zip(self.exits, exit_features, strict=True))
             return Outputs(self.fc(feature), feature, exit_logits, exit_features)
+
+    @torch.no_grad()
+    def predict_early(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        """Classify each image at the first exit that is confident enough, computing nothing beyond it.
+
+        Args:
+            images: (N, 3, S, S), normalised; the network is in evaluation mode.
+            threshold: the largest probability, after the exit's temperature, from which on an exit decides. 0 stops
+                every image at the first exit that a loss trains; above 1 no exit is computed, and the logits are the
+                complete network's to the bit.
+
+        Returns:
+            logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
+            final classifier.
+        """
+        logits = images.new_zeros(len(images), self.fc.out_features, dtype=self.fc.weight.dtype)
+        decided_by = torch.full((len(images),), self.num_stages, device=images.device)
+        remaining = torch.arange(len(images), device=images.device)
+        x = self.stem(images)
+        for i in range(1, self.num_stages + 1):
+            x = self.stage(i)(x)
+            if i == self.num_stages:
+                logits[remaining] = self._classify(self, x)
+            elif i <= len(self.exits) and threshold <= 1 and self.temperatures[i - 1] is not None:
+                exit_ = self.exits[i - 1]
+                exit_logits = self._classify(exit_, exit_(x))
+                stop = confidence(exit_logits, self.temperatures[i - 1]) >= threshold
+                logits[remaining[stop]], decided_by[remaining[stop]] = exit_logits[stop], i
+                if stop.all():
+                    break
+                if stop.any():
+                    x, remaining = x[~stop], remaining[~stop]
+        return logits, decided_by
+
+    @staticmethod
+    def _classify(owner: nn.Module, feature_map: Tensor) -> Tensor:
+        """A map (N, C, H, W) -> logits (N, K) of the owner's classifier, outside autocast."""
+        with torch.autocast(feature_map.device.type, enabled=False):
+            return owner.fc(pool(feature_map, owner.fc.weight.dtype))
+
+    @torch.no_grad()
+    def multiply_adds(self, image_size: int) -> tuple[list[int], int]:
+        """Multiply-adds of convolutions and linear layers per image of `image_size` pixels, counted while one runs.
+
+        Returns:
+            those of stopping at each exit, shallow to deep, and of going to the end, every trained exit on the way
+            included, as predict_early runs; and those of the backbone alone.
+        """
+        device = self.fc.weight.device
+        training = self.training
+        self.eval()
+        totals, backbone, on_exits = [], 0, 0
+        with FlopCounterMode(display=False) as counter:
+            x = self.stem(torch.zeros(1, 3, image_size, image_size, device=device, dtype=self.fc.weight.dtype))
+            for i in range(1, self.num_stages + 1):
+                x = self.stage(i)(x)
+                if i == self.num_stages:
+                    self._classify(self, x)
+                backbone = counter.get_total_flops() // 2 - on_exits
+                if i <= len(self.exits) and self.temperatures[i - 1] is not None:
+                    self._classify(self.exits[i - 1], self.exits[i - 1](x))
+                    on_exits = counter.get_total_flops() // 2 - backbone
+                if i <= len(self.exits) or i == self.num_stages:
+                    totals.append(backbone + on_exits)
+        self.train(training)
+        return totals, backbone
+
+
+def confidence(logits: Tensor, temperature: float) -> Tensor:
+    """The largest probability of softmax(logits / temperature): (..., K) -> (...,)."""
+    return (logits / temperature).softmax(dim=-1).amax(dim=-1)

@@ -15,15 +15,15 @@ def init_weights(module: nn.Module) -> None:
 
 
 def pool(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
-    """Global average of a map (N, C, H, W) -> (N, C), in `dtype` whatever autocast made of the map."""
+    """Global average of a map (N, C, H, W) -> (N, C), in `dtype`, whatever the map's precision under autocast."""
     return feature_map.to(dtype).mean(dim=(2, 3))
 
 
 class _SlicedConv1x1(nn.Conv2d):
-    """A strided 1 x 1 convolution as one of stride 1 on the pixels that it looks at: the same numbers.
+    """A strided 1 x 1 convolution as one of stride 1 on the pixels that it reads: the same numbers.
 
-    For fewer than 16 input channels (only `--width` below 16 has them), where oneDNN 3.13's gradient of the strided
-    one in channels_last writes outside its memory, from maps of 48 x 48 on.
+    For fewer than 16 input channels (only `--width` below 16 has them), where oneDNN's gradient of the strided one in
+    channels_last writes outside its memory from maps of 48 x 48 on (seen with 3.13; uxlfoundation/oneDNN#6035).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,11 +72,24 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         init_weights(self)
 
+    @property
+    def num_stages(self) -> int:
+        """B."""
+        return len(self.stage_channels)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images (N, 3, S, S) -> (N, width, S, S)."""
+        return self.relu(self.bn1(self.conv1(images)))
+
+    def stage(self, number: int) -> nn.Sequential:
+        """Stage 1..B."""
+        return getattr(self, f"layer{number}")
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Images (N, 3, S, S) -> the B stages' maps, (N, C_s, S / 2**(s-1), S / 2**(s-1))."""
-        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.stem(images)
         maps = []
-        for s in range(len(self.stage_channels)):
-            x = getattr(self, f"layer{s + 1}")(x)
+        for s in range(1, self.num_stages + 1):
+            x = self.stage(s)(x)
             maps.append(x)
         return maps

@@ -1,19 +1,19 @@
-"""Files that are whole or absent: atomic writing, and checkpoints that are verified before they are believed."""
+"""Atomic file writes and checksum-verified loading."""
 
 import contextlib
 import errno
 import io
 import json
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.runtime import UserError, first_line
 
+LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 ENTRIES = {"model": dict, "optimizer": dict, "objective": dict, "epoch": int, "history": list, "args": dict}
 
 
@@ -30,15 +30,14 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_directory(path.parent)
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        remedy = "make room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         raise UserError(
-            f"{path} cannot be written ({e.strerror}); what was there before is whole: {remedy} and give the same"
-            " command"
+            f"{path} cannot be written ({e.strerror}); its earlier content is intact: {remedy}, then rerun"
         ) from None
-    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -54,6 +53,15 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> dict:
+    """The content of a JSON file; empty where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
     """Write tensors as an .npz file."""
     buffer = io.BytesIO()
@@ -61,59 +69,78 @@ def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
     write_atomic(path, buffer.getbuffer())
 
 
-def serialise(checkpoint: dict) -> memoryview:
-    """The checkpoint as the bytes of torch.save's file (a zip with a checksum for every entry)."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    return buffer.getbuffer()
-
-
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint that this program wrote, onto the CPU.
 
     Raises:
-        UserError: the file is missing, truncated, altered, or something else. torch.load takes a file with
-            flipped bytes without a word, so the checksums are verified first; it never runs code from a file.
+        UserError: the file is missing, truncated, altered, or something else. torch.load accepts a file with flipped
+            bytes, so the zip's checksums are verified first; it never runs code from a file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
+            raise UserError(f"{path} cannot be read: not a regular file")
+        content = path.read_bytes()
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise UserError(f"{path} is {'truncated or not a checkpoint' if content else 'empty'}")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UserError:
         raise
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
-    except zipfile.BadZipFile:
-        what = "is empty" if path.stat().st_size == 0 else "is truncated or no checkpoint"
-        raise UserError(f"{path} {what}") from None
-    except pickle.UnpicklingError:  # whose own message says how to run a file's code
-        raise UserError(f"{path} is no checkpoint of this program: it holds more than tensors and numbers") from None
     except Exception as e:  # unpickling a foreign file can raise anything
-        reason = str(e).strip().split("\n")[0][:200]
-        raise UserError(f"{path} is no checkpoint of this program ({type(e).__name__}: {reason})") from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} is no checkpoint of this program: it holds a {type(checkpoint).__name__}")
-    wrong = [name for name, kind in ENTRIES.items() if not isinstance(checkpoint.get(name), kind)]
-    if wrong:
-        raise UserError(f"{path} is no checkpoint of this program: it lacks {', '.join(wrong)}, or they are no such")
-    history, entries = checkpoint["history"], {"epoch", "seconds", "train", "val", "exits", "ensemble"}
-    whole = all(isinstance(record, dict) and entries <= record.keys() for record in history)
-    if not whole or not history or len(history) != checkpoint["epoch"] + 1:
-        raise UserError(f"{path} is no checkpoint of this program: its history is not one of its epochs")
+        raise UserError(f"{path} is not a checkpoint of this program ({type(e).__name__}: {first_line(e)})") from None
+    problem = _problem(checkpoint)
+    if problem:
+        raise UserError(f"{path} is not a checkpoint of this program: {problem}")
     return checkpoint
 
 
+def _problem(checkpoint) -> str | None:
+    """What is wrong with the structure of a checkpoint."""
+    if not isinstance(checkpoint, dict):
+        return f"it holds a {type(checkpoint).__name__}"
+    wrong = [name for name, kind in ENTRIES.items() if not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        return f"{', '.join(wrong)} missing or of another type"
+    history = checkpoint["history"]
+    try:
+        epochs = [record["epoch"] for record in history if record["val"]["top1_error"] >= 0 and record["train"]]
+    except (LookupError, TypeError):
+        epochs = None
+    if not history or epochs != list(range(checkpoint["epoch"] + 1)):
+        return "its history is not one record per epoch"
+    if not all(isinstance(name, str) for name in checkpoint["args"]):
+        return "its args are not named"
+    return None
+
+
 def load_states(checkpoint: dict, source, **owners) -> None:
-    """Load the owners' states from the checkpoint's entries of the same names.
+    """Load the owners' states (`model`, `objective`, `optimizer`) from the checkpoint's entries of the same names.
+
+    An optimiser keeps its own settings, learning rate, momentum and so on: the flags decide them, not the file.
 
     Raises:
-        UserError: the states are another network's.
+        UserError: a state has other names or shapes than what the flags built, or values that are not finite.
     """
     for name, owner in owners.items():
+        state = checkpoint[name]
         try:
-            owner.load_state_dict(checkpoint[name])
+            tensors = state
+            if name == "optimizer":
+                state = {**owner.state_dict(), "state": state["state"]}
+                tensors = {f"momentum {i}": entry["momentum_buffer"] for i, entry in state["state"].items()}
+                parameters = [p for group in owner.param_groups for p in group["params"]]
+                shapes = {f"momentum {i}": p.shape for i, p in enumerate(parameters)}
+                if any(tensor.shape != shapes[key] for key, tensor in tensors.items()):
+                    raise ValueError("momentum of another shape")
+            for key, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+            owner.load_state_dict(state)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
-            reason = str(e).strip().splitlines()[-1].strip()
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
             raise UserError(f"{source} does not fit: its {name} is of another run ({reason})") from None

@@ -1,47 +1,67 @@
-"""A training step as one CUDA graph, so that the processor launches one thing a step instead of a thousand."""
+"""A training step as one CUDA graph, so that the processor launches one thing per step instead of a thousand."""
+
+import sys
 
 import torch
 
-from utils.engine import train_step
+from utils.runtime import OUT_OF_MEMORY, first_line
 
-WARM_UP = 3  # steps; libraries choose their kernels, lazily built state (momentum, meters) gets its memory
+WARM_UP = 3  # steps in which libraries choose kernels and lazily built state (momentum, meters) gets its memory
 
 
 class GraphedStep:
-    """`train_step`, captured and replayed. Same arguments, same arithmetic.
+    """A TrainStep, captured and replayed. Same arguments, same arithmetic.
 
-    The first WARM_UP steps of a batch shape are run as they are (they are the run's real steps), then one is
-    captured, and from then on batches are copied into its static inputs. A batch of another shape, the last one
-    of an epoch, is run as it is. The learning rate is part of what is captured: where it has changed, the step is
-    captured anew. Everything else that changes between steps lives in tensors (weights, momentum, memory,
-    alpha_t, meters) that the graph reads and writes in place.
+    The first WARM_UP steps of a batch shape run as they are (they are the run's real steps), then one is captured,
+    and from then on batches are copied into its static inputs. A batch of another shape, such as the last one of an
+    epoch, runs as it is. The learning rate is part of what is captured: when it changes, the step is captured anew.
+    Everything else that changes between steps lives in tensors (weights, momentum, memory, alpha_t, meters) that the
+    graph reads and writes in place. If capturing fails, one line says so and all steps run as they are.
     """
 
-    def __init__(self):
+    def __init__(self, step):
+        self.step, self.meter, self.objective = step, step.meter, step.objective
         self.graph = None
-        self.captured = None  # (shape, learning rate) of the graph
+        self.captured_lr = None
         self.shape = None  # of the first batch, the one worth capturing
         self.warm = 0
+        self.failed = False
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, model, objective, optimizer, autocast, meter, images, labels, index, batch) -> None:
+    def __call__(self, images, labels, index, batch_size: int) -> None:
         self.shape = self.shape or images.shape
-        tensors = (images, labels, index)
-        if images.shape != self.shape or self.warm < WARM_UP:
+        if self.failed or images.shape != self.shape or self.warm < WARM_UP:
             self.warm += images.shape == self.shape
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # the one to capture on, which cannot be the default one
-                train_step(model, objective, optimizer, autocast, meter, *tensors, batch)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            self._run(images, labels, index, batch_size)
             return
-        key = (images.shape, optimizer.param_groups[0]["lr"])
-        if key != self.captured:
-            self.graph = None  # frees the old one's memory first
-            self.inputs = [t.clone() for t in tensors]
-            optimizer.zero_grad(set_to_none=True)
-            self.graph, self.captured = torch.cuda.CUDAGraph(), key
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                train_step(model, objective, optimizer, autocast, meter, *self.inputs, batch)
-        for static, tensor in zip(self.inputs, tensors, strict=True):
+        lr = self.step.optimizer.param_groups[0]["lr"]
+        if lr != self.captured_lr:
+            try:
+                self._capture((images, labels, index), batch_size)
+            except RuntimeError as e:
+                if any(text in str(error) for error in (e, e.__context__) for text in OUT_OF_MEMORY):
+                    raise
+                print(f"note: the step could not be captured ({first_line(e)}): running without", file=sys.stderr)
+                self.failed, self.graph = True, None
+                self._run(images, labels, index, batch_size)
+                return
+            self.captured_lr = lr
+        for static, tensor in zip(self.inputs, (images, labels, index), strict=True):
             static.copy_(tensor)
         self.graph.replay()
+
+    def _run(self, *batch) -> None:
+        """The step itself, on the stream for capturing, which cannot be the default one."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.step(*batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _capture(self, tensors, batch_size: int) -> None:
+        self.graph = None  # frees the old one's memory first
+        self.inputs = [t.clone() for t in tensors]
+        self.step.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step(*self.inputs, batch_size)
+        self.graph = graph

@@ -1,11 +1,13 @@
 """The one module that knows about ranks: torchrun's environment in, PyTorch's collectives out.
 
-Every function also works, at no cost, in a plain single process.
+Every function also works, at no cost, in a single process.
 """
 
 import contextlib
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -14,27 +16,42 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.runtime import UserError, first_line
 
 
-def num_launched() -> int:
-    """Number of processes that torchrun started, 1 without it."""
-    set_by_torchrun = all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    return int(os.environ["WORLD_SIZE"]) if set_by_torchrun else 1
+def check_environment() -> None:
+    """Raises ValueError naming the variable of torchrun's that is missing or no number."""
+    if num_launched(check=False) == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise ValueError(f"environment variable {name}={value!r} is not a number; start with torchrun, or unset it")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"environment variable {name} is missing; start with torchrun, or unset RANK")
+
+
+def num_launched(check: bool = True) -> int:
+    """Number of processes that torchrun started, 1 without it; 0 for one that cannot be told, without `check`."""
+    if not all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        return 1
+    world = os.environ["WORLD_SIZE"]
+    return int(world) if check or world.isdecimal() else 0
 
 
 def num_local() -> int:
-    """How many of them run on this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if num_launched() > 1 else 1
 
 
 def is_restart() -> bool:
-    """True where torchrun (`--max_restarts`) has started these processes because their predecessors died."""
+    """True where torchrun (`--max_restarts`) has started these processes because earlier ones died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def local_device(name: str) -> torch.device:
-    """The device `--device` means in this process: of GPUs, under torchrun, that of its number on this machine."""
+    """The device that `--device` means in this process: of GPUs, under torchrun, the one of its local rank."""
     device = torch.device(name)
     if device.type != "cuda":
         return device
@@ -42,8 +59,10 @@ def local_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def processes(name: str):
+def process_group(name: str):
     """Join the other processes, over NCCL on GPUs and gloo on CPUs; gives this process's device.
+
+    Processes other than rank 0 have nothing to save, so signals end them at once.
 
     Raises:
         UserError: another process is gone.
@@ -54,23 +73,41 @@ def processes(name: str):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL, and pickled objects on their way, use the current GPU
-    store, number, num_all = next(dist.rendezvous("env://"))
-    if num_local() == num_all:
-        # On one machine, torchrun gives restarted processes the store in which the dead ones' addresses stand. (On
-        # several, where `--rdzv_backend=c10d` makes a new store, each counts its restarts for itself.)
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=num_all)
+    handlers = default_signals()  # joining blocks outside Python, where no handler of ours would run
+    text = f"process {os.environ['RANK']} of {num_launched()} is waiting for the others to start"
+    notice = threading.Timer(5, lambda: print(text, file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        store, number, num_all = next(dist.rendezvous("env://"))
+        if num_local() == num_all:
+            # On one machine, torchrun gives restarted processes the store that still holds the dead ones' addresses.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=num_all)
+        dist.barrier()
+    except (RuntimeError, ValueError, OSError) as e:
+        raise UserError(f"the processes could not join each other ({first_line(e)})") from None
+    finally:
+        notice.cancel()
+    if is_main():
+        for signal_number, handler in handlers.items():
+            signal.signal(signal_number, handler)
     try:
         yield device
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "/gloo/transport/" in str(e):
-            reason = str(e).strip().split(". ")[0]
-            raise UserError(f"another process is gone, see its own message or torchrun's ({reason})") from None
+            raise UserError(f"another process is gone, see its own message or torchrun's ({first_line(e)})") from None
         raise
     # Not after an error: it waits for collectives under way, to which the others may never come. A process that
     # fails just ends, and torchrun ends the others.
     dist.destroy_process_group()
+
+
+def default_signals() -> dict:
+    """Let SIGINT, SIGTERM and SIGHUP end this process at once; returns the handlers before."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return {n: signal.signal(n, signal.SIG_DFL) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
 
 def rank() -> int:
@@ -82,32 +119,31 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and talks to the console."""
+    """True in rank 0, the one process that writes files and prints."""
     return num_launched() == 1 or os.environ["RANK"] == "0"
 
 
-def is_first_here() -> bool:
+def is_local_main() -> bool:
     """True in one process of each machine."""
     return num_launched() == 1 or os.environ["LOCAL_RANK"] == "0"
 
 
-def let_another_speak() -> None:
-    """For a process that would only repeat what another one has to say. torchrun ends all once one has ended, so
-    this one waits, and is ended; if it is still there after that, it is the only one to know."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def leave_the_message_to_another() -> None:
+    """For a process whose error another one reports too. torchrun ends all once one has ended, so this one waits to
+    be ended; if it is still there after that, it is the only one with an error."""
+    default_signals()
     time.sleep(10)
 
 
-def share(num_items: int) -> slice:
-    """This process's part of `num_items` things in order: contiguous, sizes differing by one at most,
-    rank 0's never the smaller."""
+def shard(num_items: int) -> slice:
+    """This process's part of `num_items` items in order: contiguous, sizes differing by at most one, rank 0's never
+    the smaller."""
     small, extra = divmod(num_items, world_size())
     start = rank() * small + min(rank(), extra)
     return slice(start, start + small + (rank() < extra))
 
 
-def sum_(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
@@ -115,8 +151,8 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_main(make: Callable):
-    """What `make()`, called in the main process alone, returns (anything that pickles), on every process; or the
-    UserError that it raises."""
+    """What `make()`, called in rank 0 alone, returns (anything that pickles), on every process; or the UserError that
+    it raises."""
     if world_size() == 1:
         return make()
     value = error = None
@@ -133,11 +169,30 @@ def from_main(make: Callable):
     return value
 
 
+def find_differing(values: dict) -> str | None:
+    """The first name under which the processes have different values, None where all agree."""
+    if world_size() == 1:
+        return None
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, values)
+    return next((name for name in values if any(other.get(name) != gathered[0][name] for other in gathered)), None)
+
+
+def local_main_first(make: Callable):
+    """`make()` on every process, on each machine first in one of them: what that one writes, the others find."""
+    if world_size() > 1 and not is_local_main():
+        dist.barrier()
+    value = make()
+    if world_size() > 1 and is_local_main():
+        dist.barrier()
+    return value
+
+
 def wrap(model: nn.Module, device: torch.device, sync_bn: bool, all_used: bool) -> nn.Module:
     """The network as the training step calls it.
 
     `all_used`: the loss reaches every parameter. Where it does not (exits that no loss trains),
-    DistributedDataParallel has to look for the unused ones in every step, or it would wait for their gradients.
+    DistributedDataParallel has to search for the unused ones in every step, or it would wait for their gradients.
     """
     if world_size() == 1:
         return model
@@ -149,7 +204,7 @@ def wrap(model: nn.Module, device: torch.device, sync_bn: bool, all_used: bool) 
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the main one's BatchNorm statistics, which validation and checkpoint use."""
+    """Give every process rank 0's BatchNorm statistics, which validation and checkpoint use."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

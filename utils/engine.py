@@ -1,6 +1,5 @@
 """The loops: one epoch of training, one pass of validation. They know no method."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -12,20 +11,27 @@ from utils import distributed
 from utils.metrics import classification_metrics
 
 
-def learning_rate(lr: float, decay_rate: float, schedule: list[int], epoch: int) -> float:
-    """`lr`, times `decay_rate` for each epoch of the schedule that has been reached."""
-    return lr * decay_rate ** sum(epoch >= e for e in schedule)
+def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9 and weight decay on every parameter (the published script's)."""
+    on_gpu = next(model.parameters()).is_cuda  # where one fused kernel updates all parameters
+    return torch.optim.SGD(
+        model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=on_gpu or None
+    )
 
 
-def autocast(precision: str, device: torch.device):
-    """The context in which the network computes. No cache of casts: it would outlive a captured step."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-    return contextlib.nullcontext()
+def build_schedule(args) -> Callable[[int], float]:
+    """The learning rate as a function of the epoch, counted from 0: `--lr`, times `--lr_decay_rate` for each epoch of
+    `--lr_decay_schedule` that has been reached."""
+    return lambda epoch: args.lr * args.lr_decay_rate ** sum(epoch >= e for e in args.lr_decay_schedule)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which the network computes. Without a cache of casts, which would outlive a captured step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 class Meter:
-    """Means over an epoch's images, kept on the device, so that a step waits for nothing."""
+    """Means over an epoch's images, kept on the device, so that no step waits for it."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -36,24 +42,24 @@ class Meter:
         if self.sums is not None:
             self.sums.zero_()
 
-    def update(self, parts: dict[str, Tensor], logits: Tensor, labels: Tensor, batch: int) -> None:
-        """Add a step: the parts of its loss, this process's logits (N, K) and labels (N,), and the number of
-        images in the batch over all processes."""
+    def update(self, parts: dict[str, Tensor], logits: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Add a step: the parts of its loss, this process's logits (N, K) and labels (N,), and the number of images
+        in the batch over all processes."""
         if self.sums is None:
             self.names = list(parts)
             self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=self.device)
         wrong = (logits.argmax(dim=1) != labels).sum()
-        # A part's mean over processes is the batch's (loss/objective.py); the wrong answers add up as they are.
-        weight = batch / distributed.world_size()
+        # A part's mean over processes is the global batch's (loss/objective.py); wrong predictions just add up.
+        weight = batch_size / distributed.world_size()
         self.sums += torch.stack([*(weight * part.double() for part in parts.values()), wrong.double()])
 
     def means(self, num_images: int) -> dict[str, float]:
         """`loss`, each of its parts, and `top1_error` (%) over the epoch. Waits for the device and for the other
         processes."""
-        return self._means(distributed.sum_(self.sums.clone()), num_images)
+        return self._means(distributed.all_reduce_sum_(self.sums.clone()), num_images)
 
     def own_means(self, num_images: int) -> dict[str, float]:
-        """What `means` will give, estimated after `num_images` images from this process's share alone."""
+        """An estimate of `means` after `num_images` images, from this process's shard alone."""
         return self._means(self.sums * distributed.world_size(), num_images)
 
     def _means(self, sums: Tensor, num_images: int) -> dict[str, float]:
@@ -61,63 +67,77 @@ class Meter:
         return {"loss": sum(parts), **dict(zip(self.names, parts, strict=True)), "top1_error": 100 * wrong}
 
 
-def train_one_epoch(
-    model: Callable,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader,
-    autocast: Callable,
-    meter: Meter,
-    step: Callable,
-    progress: Callable = lambda loader, meter: loader,
-) -> dict:
+class TrainStep:
+    """Forward, loss, backward, update and meter of one batch.
+
+    Args:
+        model: the network, in training mode, as it is or wrapped by DistributedDataParallel.
+        objective: `objective(outputs, labels, index, batch_size) -> (loss, parts)`.
+        precision: `--precision`, under which the network computes.
+        compile: run forward and loss through torch.compile for batches of the first one's shape. Others, such as the
+            last of an epoch, run uncompiled: they are too rare to pay for a second compilation.
+    """
+
+    def __init__(self, model, objective, optimizer, device: torch.device, precision: str, compile: bool = False):
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.device, self.precision = device, precision
+        self.meter = Meter(device)
+        self.compiled = torch.compile(self.forward, dynamic=False) if compile else None
+        self.compiled_shape = None
+
+    def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
+        with autocast(self.precision, self.device):
+            outputs = self.model(images)
+        loss, parts = self.objective(outputs, labels, index, batch_size)
+        return loss, parts, outputs.logits
+
+    def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
+        """images (N, 3, S, S), labels (N,), index (N,); batch_size: images in this step over all processes."""
+        forward = self.forward
+        if self.compiled is not None:
+            self.compiled_shape = self.compiled_shape or images.shape
+            if images.shape == self.compiled_shape:
+                forward = self.compiled
+        loss, parts, logits = forward(images, labels, index, batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.meter.update(parts, logits, labels, batch_size)
+
+
+def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loader) -> dict:
     """Train on every image of the loader once.
 
     Args:
-        model: the network, in training mode, as it is or wrapped (compiled, distributed).
-        objective: `objective(outputs, labels, index) -> (loss, parts)`, in training mode, told its epoch.
-        loader: gives (images, labels, index), told its epoch.
-        autocast: makes the context in which the network computes.
-        meter: where the step adds up its losses.
-        step: what to do with a batch; `train_step`, or the same captured as a CUDA graph.
-        progress: wraps the loader in a bar.
+        step: a TrainStep or a GraphedStep around it; model and objective are in training mode and know the epoch.
+        loader: gives (images, labels, index), and knows the epoch.
+        progress: wraps the loader in a progress bar.
 
     Returns:
         `seconds`, `images_per_second`, and `train` with the means over the epoch.
     """
-    meter.reset()
+    step.meter.reset()
     start = time.perf_counter()
-    left = loader.num_samples
-    for images, labels, index in progress(loader, meter):
-        batch = min(loader.batch_size, left)
-        step(model, objective, optimizer, autocast, meter, images, labels, index, batch)
-        left -= batch
-    objective.end_epoch()
-    train = meter.means(loader.num_samples)  # waits for the device, so the clock is read after it
+    remaining = loader.num_samples
+    for images, labels, index in progress(loader, step.meter):
+        batch_size = min(loader.batch_size, remaining)
+        step(images, labels, index, batch_size)
+        remaining -= batch_size
+    step.objective.end_epoch()
+    train = step.meter.means(loader.num_samples)  # waits for the device, so the clock is read after it
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "images_per_second": loader.num_samples / seconds, "train": train}
 
 
-def train_step(model, objective, optimizer, autocast, meter, images, labels, index, batch) -> None:
-    """Forward, loss, backward, update. `batch`: images in this step over all processes."""
-    with autocast():
-        outputs = model(images)
-    loss, parts = objective(outputs, labels, index)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    meter.update(parts, outputs.logits, labels, batch)
-
-
 @torch.no_grad()
-def predict(model: Callable, loader, autocast: Callable) -> tuple[Tensor, Tensor]:
-    """Logits of every classifier for the whole split, shallow to deep, the final one last: (B, M, K) float32,
-    and labels (M,). Every process has all of them."""
-    share = distributed.share(loader.num_samples)
+def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
+    """Logits of every classifier for a complete split, shallow to deep, the final one last: (B, M, K) float32, and
+    labels (M,). Every process has all of them."""
+    model.eval()
     logits, all_labels = None, None
-    start = share.start
+    start = distributed.shard(loader.num_samples).start
     for images, labels, _ in loader:
-        with autocast():
+        with autocast(precision, images.device):
             outputs = model(images)
         batch = torch.stack([*outputs.exit_logits, outputs.logits])
         if logits is None:
@@ -126,8 +146,8 @@ def predict(model: Callable, loader, autocast: Callable) -> tuple[Tensor, Tensor
         stop = start + len(labels)
         logits[:, start:stop], all_labels[start:stop] = batch, labels
         start = stop
-    # Each process filled its own rows and left zeros elsewhere: their sum is the whole.
-    return distributed.sum_(logits), distributed.sum_(all_labels)
+    # Each process filled its own rows and left zeros elsewhere: their sum is complete.
+    return distributed.all_reduce_sum_(logits), distributed.all_reduce_sum_(all_labels)
 
 
 def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
@@ -139,8 +159,8 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
         trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
 
     Returns:
-        `val`: the final classifier's metrics; `exits`: each exit's, None for an untrained one; `ensemble`: those
-        of the mean of all trained classifiers' probabilities, None with one classifier.
+        `val`: the final classifier's metrics; `exits`: each exit's, None for an untrained one; `ensemble`: those of
+        the mean of all trained classifiers' probabilities, None with one classifier.
 
     Raises:
         ValueError: logits that are not finite.
@@ -157,13 +177,15 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
 
 
 def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:
-    """What has left the real numbers after an epoch: loss terms, by name, or else the first parameter or buffer.
+    """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
-    Called once an epoch, so that no step waits for it.
+    Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.
     """
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
         return ", ".join(name for name in bad if name != "loss") or "loss"
-    tensors = model.state_dict()
-    finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
-    return next((name for name, ok in zip(tensors, finite, strict=True) if not ok), None)
+    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
+    if largest.isfinite().all():
+        return None
+    return next(name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.errors import UserError
+from utils.runtime import UserError
 
 INK, FAINT = "#222222", "#dddddd"
 BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#a83c00"  # Okabe and Ito's, told apart by the colour-blind; red darkened

@@ -1,4 +1,8 @@
-"""The command line: every flag with its default and its reason, and what is wrong with a combination of them."""
+"""The command line: the parser, number types, and the flags of optimisation and run.
+
+The packages data, models and loss declare their own flags in `add_flags` and check them in `check_flags`; `main.py`
+assembles them.
+"""
 
 import argparse
 import functools
@@ -7,122 +11,59 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS
-from models import ALIASES, MODELS, min_width
 from utils import distributed
-from utils.machine import has_bf16_instructions
+from utils.runtime import has_bf16_instructions
 
-METHODS = ("PSKD", "BYOT", "DML")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line; `auto` comes back resolved.
-
-    A bad value ends the process with status 2, argparse's usage line and one sentence.
-    """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    _check(parser, args)
-    return args
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Every flag with its default and its reason."""
-    parser = argparse.ArgumentParser(
-        prog="main.py",
-        usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
-        description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
-        "and top-5 error, NLL, ECE and AURC. Files go to <experiments_dir>/<run_name>/. The same command given "
-        "again goes on where it stopped.",
-        epilog="example: python main.py --PSKD --BYOT --DML --data_type synthetic --end_epoch 2",
-        allow_abbrev=False,
+# The flags that say where and how a run is computed or stored. All others define the experiment.
+RUNTIME_FLAGS = frozenset(
+    (
+        "data_path", "workers", "device", "compile", "cuda_graph", "experiments_dir", "run_name", "resume", "val_only",
+        "overwrite", "saveckp_freq", "save_predictions", "allow_end_epoch_change",
     )
+)  # fmt: skip
 
-    group = parser.add_argument_group("methods (all off: the baseline)")
-    flag = functools.partial(group.add_argument, action="store_true")
-    flag("--PSKD", help="soften labels with the last epoch's own predictions")
-    flag("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
-    flag("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
-    number = functools.partial(_add_number, group)
-    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the past in the last epoch", "PS-KD's own value")
-    number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher against the label", "paper")
-    number("--temperature", float, 3.0, 0.01, 1000, "BYOT: tau", "published script")
-    number(
-        "--beta",
-        float,
-        1e-6,
-        0,
-        1000,
-        "BYOT: weight of the hint, a sum over the batch: its weight grows with --batch_size",
-        "paper",
-    )
-    number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: shallowest exit that is taught", "paper, Table 3")
-    flag("--DML_on_output", help="DML: compare logits in place of features")
-    flag("--DML_as_published", help="DML: the published script's value, which has no gradient")
 
-    group = parser.add_argument_group("data")
-    number = functools.partial(_add_number, group)
-    group.add_argument(
-        "--data_type",
-        choices=list(DATASETS),
-        default="cifar100",
-        metavar="NAME",
-        help=f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; synthetic needs no download)",
-    )
-    group.add_argument(
-        "--data_path",
-        default="./datasets",
-        metavar="DIR",
-        help="where data sets lie or are downloaded to (default: %(default)s)",
-    )
-    number(
-        "--image_size",
-        int,
-        None,
-        16,
-        512,
-        "pixels, a multiple of 8; images of another size are resized",
-        "32 for every data set, as in the paper",
-    )
-    number("--workers", int, 8, 0, 1024, "processes that decode image files, once", "training needs none")
-    number("--classes", int, None, 2, 10**6, "use only the first N classes", "all")
-    number(
-        "--limit_train",
-        int,
-        None,
-        1,
-        10**9,
-        "use only N training images, the first of each class, after --val_split",
-        "all",
-    )
-    number("--limit_val", int, None, 1, 10**9, "the same for the validation images and for the test split", "all")
-    number(
-        "--val_split",
-        float,
-        None,
-        0.001,
-        0.9,
-        "hold out this part of the training images and select on it",
-        "none: as in the paper, the test images are the validation images",
-    )
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose error is one line, from one process per machine."""
 
-    group = parser.add_argument_group("model")
-    number = functools.partial(_add_number, group)
-    group.add_argument(
-        "--classifier_type",
-        choices=[*MODELS, *ALIASES],
-        default="resnet18",
-        metavar="NAME",
-        help=f"one of {', '.join([*MODELS, *ALIASES])} (default: %(default)s, the paper's first; "
-        "the last two are the published script's names)",
-    )
-    number("--num_resnet_blocks", int, 4, 1, 4, "stages of the backbone, one exit on each but the last", "paper")
-    number("--width", int, 64, 1, 1024, "channels of the first stage; small values make quick tests", "paper")
+    def error(self, message: str):
+        if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
+            distributed.leave_the_message_to_another()
+            self.exit(2)
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().error(message)
 
+
+def number_type(kind: type, low, high):
+    """An argparse type: a number of `kind` from `low` to `high`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            word, spec = ("whole number", "") if kind is int else ("number", "g")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {word} from {low:{spec}} to {high:{spec}}")
+        return value
+
+    return convert
+
+
+def add_number(group, flag: str, kind: type, default, low, high, text: str, reason: str) -> None:
+    """Add a flag for a number from `low` to `high`; `reason` is the default's reason or source."""
+    shown = "" if default is None else f"{default:g}, "
+    metavar = "N" if kind is int else "X"
+    text = f"{text} (default: {shown}{reason})"
+    group.add_argument(flag, type=number_type(kind, low, high), default=default, metavar=metavar, help=text)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of optimisation and run."""
     group = parser.add_argument_group("optimisation (SGD, Nesterov momentum 0.9)")
-    number = functools.partial(_add_number, group)
+    number = functools.partial(add_number, group)
     number("--end_epoch", int, 300, 1, 100_000, "epochs T", "paper")
-    number("--batch_size", int, 128, 1, 1_000_000, "images in a step, over all processes", "paper")
+    number("--batch_size", int, 128, 1, 1_000_000, "images per step, over all processes", "paper")
     number("--lr", float, 0.1, 1e-12, 1000, "learning rate", "paper")
     number("--lr_decay_rate", float, 0.1, 1e-12, 1, "factor at each epoch of the schedule", "paper")
     group.add_argument(
@@ -137,113 +78,45 @@ def build_parser() -> argparse.ArgumentParser:
     number("--seed", int, 4, 0, 2**32 - 1, "of weights, order and augmentation", "published script")
 
     group = parser.add_argument_group("run")
-    number = functools.partial(_add_number, group)
+    number, flag = functools.partial(add_number, group), functools.partial(group.add_argument, action="store_true")
     group.add_argument(
         "--experiments_dir",
         default="experiments",
         metavar="DIR",
-        help="where run directories go (default: %(default)s)",
+        help="parent of run directories (default: %(default)s)",
     )
     group.add_argument("--run_name", metavar="NAME", help="(default: <data>_<model>_<methods>_seed<seed>)")
     group.add_argument(
-        "--resume", metavar="PATH", help="go on from this checkpoint or run directory; its flags must be given again"
+        "--resume", metavar="PATH", help="continue from this checkpoint or run directory; its flags must be given again"
     )
-    flag = functools.partial(group.add_argument, action="store_true")
     flag("--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, and stop")
-    flag("--overwrite", help="start anew, in place of what the run directory holds")
+    flag("--overwrite", help="start anew, replacing what the run directory holds")
     flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
     flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")
-    number(
-        "--saveckp_freq",
-        int,
-        0,
-        0,
-        10**9,
-        "also keep a checkpoint every N epochs",
-        "only last, previous and best are kept",
-    )
+    number("--saveckp_freq", int, 0, 0, 10**9, "also keep a checkpoint every N epochs", "only last, previous and best")
     group.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)",
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
     )
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "tf32", "bf16"],
         default="auto",
-        help="auto is bf16 on a processor that has it, else fp32; losses, memory and metrics are "
-        "float32 or better in all (default: %(default)s)",
+        help="auto is bf16 where the processor has it, else fp32; losses, memory and metrics are float32 or better in "
+        "all (default: %(default)s)",
     )
-    flag("--compile", help="torch.compile the network and, on one GPU, capture the step as a CUDA graph (default: off)")
+    flag("--compile", help="torch.compile the network and the losses (default: off, not yet measured on a GPU)")
+    flag("--cuda_graph", help="capture the training step as a CUDA graph, on one GPU (default: off, not yet measured)")
     flag("--sync_bn", help="BatchNorm over all processes' images (GPUs only)")
 
-    if not distributed.is_first_here():  # what is wrong with flags or machine is wrong for all of its processes
-        parser.error = lambda message: parser.exit(2, distributed.let_another_speak())
-    return parser
 
-
-def number_type(kind: type, low, high):
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            word = "whole number" if kind is int else "number"
-            spec = "" if kind is int else "g"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {word} from {low:{spec}} to {high:{spec}}")
-        return value
-
-    return convert
-
-
-def _add_number(group, flag: str, kind: type, default, low, high, what: str, why: str) -> None:
-    """Add a flag for a number from `low` to `high`; `why` is the default's reason or source."""
-    shown = "" if default is None else f"{default:g}, "
-    metavar = "N" if kind is int else "X"
-    text = f"{what} (default: {shown}{why})"
-    group.add_argument(flag, type=number_type(kind, low, high), default=default, metavar=metavar, help=text)
-
-
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """The checks that concern several flags or this machine; resolves what is left to `auto`."""
-    fail = parser.error
-    args.classifier_type = ALIASES.get(args.classifier_type, args.classifier_type)
+def check_flags(args: argparse.Namespace, fail) -> None:
+    """Check the flags of this module, and resolve `auto`; `fail(message)` reports an error and does not return."""
     if sorted(set(args.lr_decay_schedule)) != args.lr_decay_schedule:
         fail(f"argument --lr_decay_schedule: {args.lr_decay_schedule} must ascend")
-    for off, on in (("DML_on_output", "DML"), ("DML_as_published", "DML"), ("val_only", "resume")):
-        if getattr(args, off) and not getattr(args, on):
-            fail(f"argument --{off}: has no effect without --{on}")
-    for a, b in (("DML_on_output", "DML_as_published"), ("overwrite", "resume")):
-        if getattr(args, a) and getattr(args, b):
-            fail(f"argument --{a}: cannot be used with --{b}")
-
-    exits = args.num_resnet_blocks - 1
-    if args.BYOT or args.DML:
-        if not exits:
-            fail("argument --num_resnet_blocks: 1 block has no exit for --BYOT or --DML; give 2 to 4")
-        if args.BYOT and args.BYOT_from_k_block > exits:
-            fail(
-                f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} is beyond the last exit; "
-                f"{args.num_resnet_blocks} blocks have exits 1 to {exits}"
-            )
-    narrowest = min_width(args.classifier_type, args.num_resnet_blocks, args.BYOT or args.DML)
-    if args.width < narrowest:
-        fail(
-            f"argument --width: {args.width} leaves a layer without channels; {args.classifier_type} needs "
-            f"at least {narrowest}"
-        )
-
-    dataset = DATASETS[args.data_type]
-    args.image_size = args.image_size or dataset.image_size
-    if args.image_size % 8:
-        fail(f"argument --image_size: {args.image_size} is not a multiple of 8")
-    if args.classes is not None and args.classes > dataset.num_classes:
-        fail(f"argument --classes: {args.classes} is more than the {dataset.num_classes} of {args.data_type}")
-
+    if args.val_only and not args.resume:
+        fail("argument --val_only: has no effect without --resume")
+    if args.overwrite and args.resume:
+        fail("argument --overwrite: cannot be used with --resume")
     _check_machine(fail, args)
     _check_paths(fail, args)
 
@@ -276,36 +149,33 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
     if args.precision == "tf32" and not on_gpu:
         fail("argument --precision: tf32 needs an NVIDIA GPU; a CPU has fp32 and bf16")
     if args.precision == "bf16" and on_gpu and not bf16:
-        fail("argument --precision: this GPU has no bf16; give fp32")
-    if args.sync_bn and not on_gpu:
+        fail("argument --precision: this GPU has no bf16; use fp32")
+    if args.sync_bn and not on_gpu and not args.val_only:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
+    if args.cuda_graph and not (on_gpu and distributed.num_launched() == 1):
+        fail("argument --cuda_graph: needs one GPU and one process")
     processes = distributed.num_launched()
-    if args.batch_size % processes:
+    if args.batch_size % processes and not args.val_only:
         below = args.batch_size // processes * processes
         near = f"{below} or {below + processes}" if below else str(processes)
-        fail(
-            f"argument --batch_size: {args.batch_size} cannot be split evenly among {processes} processes; give {near}"
-        )
+        fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {processes} processes; use {near}")
 
 
 def _check_paths(fail, args: argparse.Namespace) -> None:
-    """Names and places of files."""
-    if args.run_name is None:
-        methods = "_".join(m for m in METHODS if getattr(args, m)) or "baseline"
-        args.run_name = f"{args.data_type}_{args.classifier_type}_{methods}_seed{args.seed}"
+    """Names and locations of files."""
     for name in ("run_name", "experiments_dir", "data_path", "resume"):
         value = getattr(args, name) or ""
         if not value.isprintable():  # control characters, or bytes that are no UTF-8, which TensorBoard cannot take
             fail(f"argument --{name}: {value!r} has characters that cannot be printed")
+        if any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+            fail(f"argument --{name}: {value[:20]!r}... is longer than the 255 bytes that a name may have")
     parts = Path(args.run_name).parts
     if not parts or Path(args.run_name).is_absolute() or ".." in parts:
         fail(f"argument --run_name: {args.run_name!r} must be a name below --experiments_dir")
-    if max(len(os.fsencode(part)) for part in parts) > 255:
-        fail(f"argument --run_name: {args.run_name[:20]!r}... is longer than the 255 bytes that a name may have")
     for name in ("experiments_dir", "data_path"):
         value = getattr(args, name)
-        place = Path(value).absolute()
-        if not value or not os.path.isdir(next(filter(os.path.exists, (place, *place.parents)))):
+        path = Path(value).absolute()
+        if not value or not os.path.isdir(next(filter(os.path.exists, (path, *path.parents)))):
             fail(f"argument --{name}: {value!r} is not a directory")
     if args.resume is not None and not os.path.exists(args.resume):
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")

@@ -16,8 +16,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
-from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
-from utils.run_directory import NOT_DEFINING
+from utils.metrics import METRICS, confidence_and_wrong, reliability, risk_coverage_curve
+from utils.flags import RUNTIME_FLAGS as NOT_DEFINING
 
 BAR_INTERVAL = 1.0  # seconds between two looks at the device's meters: each look waits for the device
 NUM_IMAGES = 64  # on the sheet of training images
@@ -25,15 +25,6 @@ NUM_MISTAKES = 32
 
 # TensorBoard's HParams tab shows the first five columns, and those marked as differing come first.
 SHOWN_FIRST = ("PSKD", "BYOT", "DML", "classifier_type", "seed")
-
-METRICS = {  # name: (heading, unit, decimals)
-    "top1_error": ("top-1 err", "%", 2),
-    "top5_error": ("top-5 err", "%", 2),
-    "nll": ("NLL", "nats", 4),
-    "ece": ("ECE", "%", 2),
-    "aurc": ("AURC", "x 1000", 2),
-    "eaurc": ("E-AURC", "x 1000", 2),
-}
 
 
 class Logger:
@@ -118,10 +109,11 @@ class Logger:
             self._board.file_writer.add_summary(summary)
         self._board.flush()
 
-    def epoch(self, record: dict, whole_seconds: float | None = None) -> None:
+    def epoch(self, record: dict, is_new: bool = True) -> None:
         """A finished epoch: a line on the console (if it was run now, in `whole_seconds`), and TensorBoard."""
         if self.silent:
             return
+        whole_seconds = record["seconds"] if is_new else None
         t, train, val = record["epoch"], record["train"], record["val"]
         if whole_seconds is not None:
             self._epoch_seconds = whole_seconds

@@ -1,8 +1,27 @@
-"""The reported numbers: top-1 and top-5 error, NLL, ECE, AURC and E-AURC, in float64, in O(M (K + log M))."""
+"""The reported metrics: top-1 and top-5 error, NLL, ECE, AURC and E-AURC, in float64, in O(M (K + log M))."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+
+class Metric(NamedTuple):
+    """How a metric is printed."""
+
+    heading: str
+    unit: str
+    decimals: int
+
+
+METRICS = {
+    "top1_error": Metric("top-1 err", "%", 2),
+    "top5_error": Metric("top-5 err", "%", 2),
+    "nll": Metric("NLL", "nats", 4),
+    "ece": Metric("ECE", "%", 2),
+    "aurc": Metric("AURC", "x 1000", 2),
+    "eaurc": Metric("E-AURC", "x 1000", 2),
+}
 NUM_BINS = 10  # of ECE, as the paper
 
 
@@ -32,13 +51,13 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         raise ValueError("logits are not finite")
     log_norm = logits.logsumexp(dim=1)
     of_label = logits.gather(1, labels[:, None])
-    place = label_place(logits, labels)
-    wrong = (place > 0).double()
+    rank = label_rank(logits, labels)
+    wrong = (rank > 0).double()
     confidence = (top - log_norm).exp()
     curve = risk_coverage_curve(confidence, wrong)
     values = {
         "top1_error": 100 * wrong.mean(),
-        "top5_error": 100 * (place >= 5).double().mean(),
+        "top5_error": 100 * (rank >= 5).double().mean(),
         "nll": (log_norm - of_label[:, 0]).mean(),
         "ece": 100 * expected_calibration_error(confidence, wrong),
         "aurc": 1000 * curve.mean(),
@@ -48,7 +67,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-def label_place(logits: Tensor, labels: Tensor) -> Tensor:
+def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the label, (M,) int64: 0 where the prediction is right."""
     of_label = logits.gather(1, labels[:, None])
     before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
@@ -56,11 +75,11 @@ def label_place(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def confidence_and_wrong(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the curves are drawn of, for logits (M, K) and labels (M,): the largest probability, and 1 where the
-    prediction is wrong, else 0; (M,) float64 each."""
+    """Largest probability, and 1 where the prediction is wrong, else 0: (M,) float64 each, of logits (M, K) and
+    labels (M,)."""
     logits = logits.double()
     confidence = (logits.max(dim=1).values - logits.logsumexp(dim=1)).exp()
-    return confidence, (label_place(logits, labels) > 0).double()
+    return confidence, (label_rank(logits, labels) > 0).double()
 
 
 def reliability(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +96,7 @@ def reliability(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def expected_calibration_error(confidence: Tensor, wrong: Tensor) -> Tensor:
-    """sum over bins of |accuracy - mean confidence| x share of the samples, a fraction. Arguments as reliability's."""
+    """sum over bins of |accuracy - mean confidence| x fraction of the samples, in 0..1 (Guo et al.)."""
     _, confident, right = reliability(confidence, wrong)
     return (right - confident).abs().sum() / len(confidence)
 
@@ -86,7 +105,7 @@ def risk_coverage_curve(confidence: Tensor, wrong: Tensor) -> Tensor:
     """Error among the k most confident samples, for k = 1..M: (M,) (Geifman et al., ICLR 2019).
 
     Where confidences tie, the mean over all orders of the tied samples: their errors, spread evenly over their
-    places. confidence (M,), wrong (M,) float64 of 0 and 1.
+    ranks. confidence (M,), wrong (M,) float64 of 0 and 1.
     """
     order = confidence.argsort(descending=True)
     _, group, size = confidence[order].unique_consecutive(return_inverse=True, return_counts=True)

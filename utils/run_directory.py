@@ -1,183 +1,268 @@
-"""A run's directory: who may write there, where a run starts, and what is kept after each epoch."""
+"""A run's directory: who may write there, where a run starts, and what is saved after each epoch."""
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.checkpoint import load_checkpoint, serialise, sync_directory, write_atomic, write_json
-from utils.errors import UserError
+import torch
 
-LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+from utils import distributed
+from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint, read_json, sync_directory, write_atomic, write_json
+from utils.flags import RUNTIME_FLAGS
+from utils.runtime import Interrupted, UserError
+
 NEW = "checkpoint_new.pth"  # while it is written
-DAMAGED = "checkpoint_damaged.pth"  # a last one that could not be read, put aside
+FILES = (LAST, PREVIOUS, BEST, "metrics.jsonl", "results.json", "config.json", "predictions.npz", "experiment.log",
+         "val.json")  # fmt: skip
 
-FILES = (
-    LAST, PREVIOUS, BEST, DAMAGED, "metrics.jsonl", "results.json", "config.json", "predictions.npz", "experiment.log",
-    "val.json",
-)  # fmt: skip
-# Flags that may differ when a run goes on: they say where and how it is computed or kept, not what.
-NOT_DEFINING = {
-    "data_path", "workers", "device", "compile", "experiments_dir", "run_name", "resume", "val_only", "overwrite",
-    "saveckp_freq", "save_predictions", "allow_end_epoch_change",
-}  # fmt: skip
+# Writing costs at most about a twentieth of the time, unless a write is too short to matter.
+SAVE_INTERVAL = 20  # times the duration of a write
+SHORT_WRITE = 0.05  # seconds
 
 
-def differences(before: dict, now: dict, allowed: set[str] = NOT_DEFINING) -> list[str]:
-    """The flags in which two command lines ask for different experiments, each as `--flag OLD -> NEW`."""
-    names = (before.keys() | now.keys()) - allowed
-    return [f"--{n} {before.get(n)} -> {now.get(n)}" for n in sorted(names) if before.get(n) != now.get(n)]
+def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
+    """The checkpoint that a path means, that file itself or the newest intact one of a run directory; its file; and a
+    note for the user, empty where all is well.
+
+    Raises:
+        UserError: there is none, or none that is intact.
+    """
+    if not path.is_dir():
+        return load_checkpoint(path), path, ""
+    last, previous = path / LAST, path / PREVIOUS
+    if not last.exists() and not previous.exists():
+        raise UserError(f"{path} holds no {LAST}")
+    try:
+        return load_checkpoint(last), last, ""
+    except UserError as e:
+        if last.exists() and not os.access(last, os.R_OK):  # it may be intact
+            raise
+        problem = str(e)
+    remedy = "start anew with --overwrite or another --run_name"
+    if not previous.exists():
+        raise UserError(f"{problem}; there is no older one: {remedy}")
+    try:
+        return load_checkpoint(previous), previous, f"{problem}: continuing from {PREVIOUS}"
+    except UserError as e:
+        raise UserError(f"{problem}, and {e}: {remedy}") from None
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
+
+    A flag that only one of them has, because the program was younger or older, counts as off in the other.
+    """
+    names = sorted((before.keys() | now.keys()) - RUNTIME_FLAGS)
+    return [
+        f"--{n} {before.get(n)} -> {now.get(n)}"
+        for n in names
+        if before.get(n) != now.get(n) and (before.get(n) or now.get(n) or (n in before and n in now))
+    ]
+
+
+def best_record(history: list[dict]) -> dict | None:
+    """The epoch of lowest top-1 error, the earliest where several tie."""
+    return min(history, key=lambda record: record["val"]["top1_error"], default=None)
 
 
 class RunDirectory:
-    """`<experiments_dir>/<run_name>`, held by a lock while the object lives.
+    """`<experiments_dir>/<run_name>`, locked while the `with` block lasts; only rank 0 touches it.
 
-    A checkpoint holds the run's whole history, so it alone says what happened: metrics.jsonl and results.json are
-    written from it, after it, and can neither be torn nor run ahead.
-
-    Raises:
-        UserError: another process that is alive holds the directory, or it cannot be written.
+    A checkpoint holds the run's complete history: metrics.jsonl and results.json are written from it, after it, and
+    can neither be torn nor run ahead. On an exception, results.json gets the status "interrupted" or "failed".
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.source: Path | None = None  # the checkpoint file that the run goes on from
-        self.num_kept: int | None = None  # epochs in the checkpoints; None until it is known to be this run's directory
-        try:
-            self._is_new = not path.exists()
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "a")  # noqa: SIM115  (held until the process ends)
-        except OSError as e:
-            raise UserError(f"{path} cannot be used as a run directory: {e.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{path} is in use by another run; wait for it, or choose another --run_name") from None
-        except OSError:
-            pass  # a file system without locks
+    def __init__(self, path: Path, flags: dict):
+        self.path, self.flags = path, flags
+        self.is_main = distributed.is_main()
+        self.is_finished = False
+        self.source: Path | None = None  # the checkpoint that the run continues from
+        self.seconds_saving = 0.0  # of the last epoch's save; 0 where it was not saved
+        self._lock = None
+        self._num_saved: int | None = None  # epochs in LAST; None until the directory is known to be this run's
+        self._write_seconds, self._saved_at = 0.0, 0.0
 
-    def close(self) -> None:
-        """Let go of the directory, and remove it again where nothing has been written into it."""
-        if self._is_new and [file.name for file in self.path.iterdir()] == [".lock"]:
-            shutil.rmtree(self.path)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._lock is None:
+            return
+        if error is not None:
+            self._set_status("interrupted" if isinstance(error, Interrupted) else "failed")
+        if isinstance(error, Interrupted):
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"\ninterrupted: {self._describe_interruption()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if self._is_new and [file.name for file in self.path.iterdir()] == [".lock"]:
+                shutil.rmtree(self.path)
+                self.path.parent.rmdir()  # refused unless this run made it and nothing else is there
         self._lock.close()
 
-    def starting_point(self, flags: dict, say: Callable[[str], None]) -> dict | None:
-        """The checkpoint to go on from; None to start anew.
+    def _describe_interruption(self) -> str:
+        again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
+        if self._num_saved:
+            return f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; {again} continues from there"
+        if self._num_saved is None and self.flags["overwrite"]:
+            return "nothing was done; the run directory is as it was"
+        return f"no epoch was saved; {again} starts anew"
 
-        Args:
-            flags: the command line; `resume`, `overwrite`, `allow_end_epoch_change` and `end_epoch` say what is
-                wanted, the others must be those of the checkpoint unless NOT_DEFINING names them.
-            say: where notes for the user go.
+    def open(self) -> dict | None:
+        """Lock the directory and decide where the run starts: the checkpoint to continue from, None to start anew.
+        Sets `is_finished` where nothing is left to do.
 
         Raises:
-            UserError: the checkpoint is damaged or foreign, or was trained with other flags.
+            UserError: the directory is in use or cannot be written, or the checkpoint is damaged, foreign, or was
+                trained with other flags.
         """
-        if flags["overwrite"]:
-            return None
+        checkpoint, self.is_finished = distributed.from_main(self._open)
+        return checkpoint
+
+    def _open(self) -> tuple[dict | None, bool]:
+        self._acquire_lock()
+        flags = self.flags
+        restart = flags["overwrite"] and distributed.is_restart()  # what the processes before these saved must stay
+        if flags["overwrite"] and not restart:
+            return None, False
         checkpoint, note = None, ""
-        is_own = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
-        if not is_own and self._results().get("epochs"):
-            raise UserError(
-                f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
-                " --overwrite to start anew"
-            )
-        if is_own:
-            checkpoint, self.source, note = find_checkpoint(self.path)
+        exists = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
         if flags["resume"] is not None:
             given = Path(flags["resume"])
             directory = given if given.is_dir() else given.parent
             if directory.resolve() != self.path.resolve():
-                other, file, other_note = find_checkpoint(given)
-                # Either may have gone on since the one was taken from the other.
-                common = min(len(other["history"]), len(checkpoint["history"])) if is_own else 0
-                if not is_own:
-                    checkpoint, self.source, note = other, file, other_note
-                elif checkpoint["history"][:common] != other["history"][:common]:
-                    raise UserError(f"{self.path} holds another run than {file}: give another --run_name")
+                if not exists:
+                    checkpoint, self.source, note = find_checkpoint(given)
             elif given != directory and given.name not in (LAST, PREVIOUS):
                 raise UserError(
-                    f"{given} lies in the run's own directory, which goes on from {LAST}: give another"
-                    " --run_name to go on from here"
+                    f"{given} lies in the run's own directory, which continues from {LAST}: give another --run_name to"
+                    " continue from here"
                 )
-            elif not is_own:
-                raise UserError(f"{given} holds no {LAST}")
+        if exists:
+            checkpoint, self.source, note = find_checkpoint(self.path)
+            elsewhere = flags["resume"] is not None and directory.resolve() != self.path.resolve()
+            if elsewhere and checkpoint["args"].get("resume") != flags["resume"]:
+                raise UserError(f"{self.path} holds another run than one from {given}: give another --run_name")
+        elif checkpoint is None and self._results().get("epochs"):
+            raise UserError(
+                f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
+                " --overwrite to start anew"
+            )
         if checkpoint is None:
-            return None
+            return None, False
+        self._check_flags(checkpoint)
+        done, wanted = checkpoint["epoch"] + 1, flags["end_epoch"]
+        if exists:
+            self._num_saved = done
+        finished = exists and done == wanted and self._has_all_files()
+        if finished and restart:
+            raise UserError(
+                f"{self.path} is finished, perhaps by an earlier run: processes started with --overwrite died, maybe"
+                " before they began; rerun the same command"
+            )
         if note:
-            say(note)
-        self._check_flags(checkpoint, flags, self.source)
-        done = checkpoint["epoch"] + 1
-        if is_own:
-            self.num_kept = done
-        if done < flags["end_epoch"]:
-            say(f"going on from {self.source}: {done} of {flags['end_epoch']} epochs are done")
-        return checkpoint
+            print(note)
+        if done < wanted:
+            print(f"continuing from {self.source}: {done} of {wanted} epochs are done")
+        return checkpoint, finished
 
-    @staticmethod
-    def _check_flags(checkpoint: dict, flags: dict, source: Path) -> None:
-        differ = differences(checkpoint["args"], flags)
+    def _acquire_lock(self) -> None:
+        try:
+            self._is_new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  (held until the process ends)
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be used as a run directory: {e.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
+        except BlockingIOError:
+            self._lock.close()
+            self._lock = None
+            raise UserError(f"{self.path} is in use by another run; wait, or choose another --run_name") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _check_lock(self) -> None:
+        """Raises UserError where the directory was renamed or its lock deleted: another run may have its name."""
+        try:
+            own = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
+        except OSError:
+            own = False
+        if not own:
+            raise UserError(
+                f"{self.path} was renamed or its .lock removed while this run was alive: nothing is written"
+            )
+
+    def _check_flags(self, checkpoint: dict) -> None:
+        differ = differences(checkpoint["args"], self.flags)
         if [d.split()[0] for d in differ] == ["--end_epoch"]:
-            if not flags["allow_end_epoch_change"]:
+            if not self.flags["allow_end_epoch_change"]:
                 raise UserError(
-                    f"{source} was trained with another {differ[0]}, on which PS-KD's alpha_t depends: give"
-                    " --allow_end_epoch_change to go on all the same"
+                    f"{self.source} was trained with another {differ[0]}, on which PS-KD's alpha_t depends: give"
+                    " --allow_end_epoch_change to continue all the same"
                 )
         elif differ:
             raise UserError(
-                f"{source} was trained with other flags: {', '.join(differ)}; give the same ones, another"
+                f"{self.source} was trained with other flags: {', '.join(differ)}; give the same ones, another"
                 " --run_name, or --overwrite to start anew"
             )
         done = checkpoint["epoch"] + 1
-        if done > flags["end_epoch"]:
-            raise UserError(f"{source} has {done} epochs already, more than --end_epoch {flags['end_epoch']}")
+        if done > self.flags["end_epoch"]:
+            raise UserError(f"{self.source} has {done} epochs already, more than --end_epoch {self.flags['end_epoch']}")
 
-    def is_finished(self, end_epoch: int) -> bool:
-        """Whether the run's files say so, and are there; those that are not, the same command writes again."""
+    def _has_all_files(self) -> bool:
+        """Whether results.json says "finished" and no file is missing; the same command writes missing ones again."""
+        names = ["config.json", "metrics.jsonl", *(["predictions.npz"] if self.flags["save_predictions"] else [])]
         results = self._results()
-        whole = results.get("last") and all((self.path / name).exists() for name in ("config.json", "metrics.jsonl"))
-        return bool(whole) and results.get("status") == "finished" and results.get("epochs") == end_epoch
+        is_finished = results.get("status") == "finished" and results.get("epochs") == self.flags["end_epoch"]
+        return is_finished and all((self.path / name).exists() for name in names)
 
     def _results(self) -> dict:
-        """What results.json says; nothing where it is missing or damaged."""
-        try:
-            results = json.loads((self.path / "results.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return results if isinstance(results, dict) else {}
+        """The content of results.json; nothing where it is missing or damaged."""
+        return read_json(self.path / "results.json")
 
-    def begin(self, config: dict, history: list[dict], overwrite: bool) -> None:
-        """Write what is known before the first epoch; with `overwrite`, remove the former run's files first."""
-        if overwrite:
+    def begin(self, facts: dict, history: list[dict]) -> None:
+        """Write what is known before the first epoch; with --overwrite, remove the earlier run's files first.
+
+        Args:
+            facts: what config.json holds beside the flags: `data`, and the machine's facts.
+            history: the records of the epochs that are done.
+        """
+        if not self.is_main:
+            return
+        self._check_lock()
+        starts = read_json(self.path / "config.json").get("starts", [])
+        if self.source is None:  # a new run
+            starts = []
             for file in [*(self.path / name for name in FILES), *self.path.glob("checkpoint_epoch*.pth")]:
                 file.unlink(missing_ok=True)
-        for name in (*FILES, NEW):  # of a process that was killed while it wrote
+        for name in (*FILES, NEW):  # left by a process that was killed while it wrote
             (self.path / f"{name}.tmp").unlink(missing_ok=True)
         (self.path / NEW).unlink(missing_ok=True)
-        if len(history) < config["end_epoch"]:
+        if len(history) < self.flags["end_epoch"]:
             (self.path / "predictions.npz").unlink(missing_ok=True)  # of an earlier end
         if self.source is not None and self.source.resolve().parent != self.path.resolve():
             self._adopt(history)
         elif self.source == self.path / PREVIOUS:
-            # The next save makes LAST the previous one: what is damaged must not take the place of what is whole.
-            if (self.path / LAST).exists():
-                os.replace(self.path / LAST, self.path / DAMAGED)
-            self._link(self.source, LAST)
-        # Event files are written anew from the history: so no step stands there twice.
+            self._link(self.source, LAST)  # the next save makes LAST the previous one, which must be intact
+        # Event files are written anew from the history, so that no step is in them twice.
         for events in self.path.glob("tensorboard/events.out.tfevents.*"):
             events.unlink()
-        write_json(self.path / "config.json", config)
+        machine = {key: value for key, value in facts.items() if key != "data"}
+        starts.append({"epoch": len(history), **machine})
+        write_json(self.path / "config.json", {**self.flags, **facts, "starts": starts})
         self.write_records(history, "running")
-        self.num_kept = len(history)
+        self._num_saved = len(history)
 
     def _adopt(self, history: list[dict]) -> None:
-        """Make the other directory's checkpoint this one's last, and its best one so far, if it is there, this
-        one's best."""
+        """Make the other directory's checkpoint this one's last, and its best one so far, if it exists, the best."""
         best = history[: best_record(history)["epoch"] + 1]
         for file in (self.source, self.source.with_name(BEST)):
             if file.exists() and load_checkpoint(file)["history"] == best:
@@ -185,22 +270,43 @@ class RunDirectory:
                 break
         write_atomic(self.path / LAST, self.source.read_bytes())
 
-    def save(self, checkpoint: dict, is_best: bool, keep: bool) -> None:
-        """Keep an epoch's checkpoint: as the last one, the former last as the previous one, and, where it is the
-        best so far or to be kept for good (`keep`), under those names too. One file is written; the other names
-        are links to it."""
-        content = serialise(checkpoint)
+    def save(self, make_states: Callable[[], dict], history: list[dict]) -> None:
+        """Save an epoch if it is the best or the last, or if the last save lies long enough back.
+
+        LAST becomes PREVIOUS; BEST and the checkpoints of --saveckp_freq are links to the same file.
+
+        Args:
+            make_states: returns the entries `model`, `optimizer`, `objective`.
+            history: all records, this epoch's last.
+        """
+        self.seconds_saving = 0.0
+        if not self.is_main:
+            return
+        epoch, frequency = history[-1]["epoch"], self.flags["saveckp_freq"]
+        is_best = best_record(history)["epoch"] == epoch
+        keep = frequency > 0 and (epoch + 1) % frequency == 0
+        is_last = epoch + 1 == self.flags["end_epoch"]
+        start = time.perf_counter()
+        due = self._write_seconds < SHORT_WRITE or start - self._saved_at > SAVE_INTERVAL * self._write_seconds
+        if not (is_best or keep or is_last or due):
+            return
+        self._check_lock()
+        buffer = io.BytesIO()
+        torch.save({**make_states(), "epoch": epoch, "history": history, "args": self.flags}, buffer)
         new = self.path / NEW
-        write_atomic(new, content)
+        write_atomic(new, buffer.getbuffer())
         if is_best:
             self._link(new, BEST)
         if keep:
-            self._link(new, f"checkpoint_epoch{checkpoint['epoch']}.pth")
+            self._link(new, f"checkpoint_epoch{epoch}.pth")
         if (self.path / LAST).exists():
-            self._link(self.path / LAST, PREVIOUS)  # a link, so that LAST is there at every moment
+            self._link(self.path / LAST, PREVIOUS)  # a link, so that LAST exists at every moment
         os.replace(new, self.path / LAST)
         sync_directory(self.path)
-        self.num_kept = len(checkpoint["history"])
+        self._num_saved = len(history)
+        self.write_records(history, "running")
+        self._saved_at = time.perf_counter()
+        self.seconds_saving = self._write_seconds = self._saved_at - start
 
     def _link(self, source: Path, name: str) -> None:
         temporary = self.path / (name + ".tmp")
@@ -213,61 +319,29 @@ class RunDirectory:
         temporary.unlink(missing_ok=True)  # renaming one link of a file to another does nothing
 
     def write_records(self, history: list[dict], status: str, test: dict | None = None) -> dict:
-        """Write metrics.jsonl and results.json; return what the latter says."""
-        lines = "".join(json.dumps(record) + "\n" for record in history)
-        write_atomic(self.path / "metrics.jsonl", lines.encode())
+        """Write metrics.jsonl and results.json; return the content of the latter."""
+        seconds = [sum(r.get(f"seconds{k}", 0.0) for k in ("", "_validation", "_saving")) for r in history]
         results = {
             "status": status,
             "epochs": len(history),
             "seconds_per_epoch": statistics.median(r["seconds"] for r in history) if history else None,
+            "hours": sum(seconds) / 3600,
             "last": history[-1] if history else None,
             "best": best_record(history),
         }
         if test is not None:
             results["test"] = test
-        write_json(self.path / "results.json", results)
+        if self.is_main:
+            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history).encode())
+            write_json(self.path / "results.json", results)
         return results
 
-    def set_status(self, status: str) -> None:
-        """Change the status that results.json gives, if it is an unfinished run's and the disk allows."""
-        if self.num_kept is None:
+    def _set_status(self, status: str) -> None:
+        """Change the status in results.json, if it is an unfinished run's and the disk allows."""
+        if self._num_saved is None:
             return
         results = self._results()
         with contextlib.suppress(OSError, UserError):  # the message on the console matters more than this file
             if results and results.get("status") != "finished":
+                self._check_lock()
                 write_json(self.path / "results.json", {**results, "status": status})
-
-
-def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
-    """The checkpoint that a path means, that file itself or the newest whole one of a run directory; its file; and
-    what to tell the user about it.
-
-    Raises:
-        UserError: there is none, or none that is whole.
-    """
-    if not path.is_dir():
-        return load_checkpoint(path), path, ""
-    last, previous = path / LAST, path / PREVIOUS
-    problem = f"{path} holds no {LAST}"
-    if last.exists():
-        try:
-            return load_checkpoint(last), last, ""
-        except UserError as e:
-            if not os.access(last, os.R_OK):  # it may be whole: nothing to be put aside
-                raise
-            problem = str(e)
-    elif not previous.exists():
-        raise UserError(problem)
-    remedy = "start anew with --overwrite or another --run_name"
-    if not previous.exists():
-        raise UserError(f"{problem}; there is no older one: {remedy}")
-    try:
-        checkpoint = load_checkpoint(previous)
-    except UserError as e:
-        raise UserError(f"{problem}, and {e}: {remedy}") from None
-    return checkpoint, previous, f"{problem}: going on from {PREVIOUS}"
-
-
-def best_record(history: list[dict]) -> dict | None:
-    """The epoch of lowest top-1 error, the earliest where several tie."""
-    return min(history, key=lambda record: record["val"]["top1_error"], default=None)
