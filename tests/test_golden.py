@@ -14,7 +14,7 @@ import torch
 from loss import build_objective
 from main import parse_args
 from models import MODELS, Outputs, build_model
-from utils.engine import learning_rate
+from utils.engine import build_schedule
 from utils.metrics import classification_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -182,7 +182,7 @@ def test_schedules(epochs):
     for t in range(epochs):
         objective.set_epoch(t)
         assert objective.alpha_t == pytest.approx(LOSSES[f"schedule_alpha_t_end{epochs}"][t].item(), rel=1e-12)
-        assert learning_rate(args.lr, args.lr_decay_rate, args.lr_decay_schedule, t) == pytest.approx(
+        assert build_schedule(args)(t) == pytest.approx(
             LOSSES[f"schedule_lr_end{epochs}"][t].item(), rel=1e-12
         )
 
