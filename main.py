@@ -23,21 +23,12 @@ from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
-from utils.checkpoint import BEST, LAST, load_checkpoint, load_states, write_arrays, write_json
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, write_arrays, write_json
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
 from utils.logger import Logger, results_table
-from utils.run_directory import RunDirectory, find_checkpoint
-from utils.runtime import (
-    Interrupted,
-    UserError,
-    describe_error,
-    first_line,
-    has_bf16_instructions,
-    machine_facts,
-    set_up_torch,
-    signals_raise,
-)
+from utils.run_directory import RunDirectory
+from utils.runtime import Interrupted, UserError, describe_error, first_line, machine_facts, set_up_torch, signals_raise
 
 PER_MACHINE = ("data_path", "workers", "experiments_dir")  # flags in which the processes of one run may differ
 
@@ -96,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
                 status = 2
                 raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
             if args.val_only:
-                evaluate_runs(args, given_flags(argv), device)
+                evaluate_runs(args, flags.given_flags(build_parser(), argv), device)
             else:
                 set_up_torch(args.seed, device, args.precision)
                 train(args, device)
@@ -139,7 +130,7 @@ def train(args, device: torch.device) -> None:
         run.begin({**facts, "data": train_loader.describe()}, history)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
         logger.say(describe(args, model, train_loader, val_loader, facts["device_name"]))
-        for note in notes(args, device):
+        for note in flags.notes(args, device):
             logger.say(f"note: {note}")
         for record in history:
             logger.epoch(record, is_new=False)
@@ -237,14 +228,6 @@ def evaluate_test_split(args, device, run: RunDirectory, model, val_loader, hist
     return test
 
 
-def given_flags(argv: list[str] | None) -> set[str]:
-    """The names of the flags that the command line gives."""
-    parser, unset = build_parser(), object()
-    names = vars(parser.parse_args([]))
-    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-    return {name for name, value in vars(values).items() if value is not unset}
-
-
 def evaluate_runs(args, given: set[str], device: torch.device) -> None:
     """`--val_only`: evaluate a checkpoint, or the last one of every run under a directory; print, and write val.json.
 
@@ -295,37 +278,13 @@ def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device)
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    own = parse_args(to_argv(values), fail)
+    own = parse_args(flags.to_argv(values), fail)
     set_up_torch(own.seed, device, own.precision)
     loader = build_loaders(own, device, split="val")
     model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
     load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)
     return {"checkpoint": str(path), "epoch": checkpoint["epoch"], **measure(logits, labels, checkpoint["epoch"], own)}
-
-
-def to_argv(values: dict) -> list[str]:
-    """Flags by name -> the words of a command line."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
-    return words
-
-
-def notes(args, device: torch.device) -> list[str]:
-    """What is allowed but perhaps not meant."""
-    found = []
-    if not any(epoch < args.end_epoch for epoch in args.lr_decay_schedule):
-        schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"
-        found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
-    if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
-        found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
-    if args.compile:
-        found.append("--compile: compiling in the first step takes minutes")
-    return found
 
 
 def describe(args, model, train_loader, val_loader, device_name: str) -> str:

@@ -144,3 +144,35 @@ def load_states(checkpoint: dict, source, **owners) -> None:
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
             raise UserError(f"{source} does not fit: its {name} is of another run ({reason})") from None
+
+
+def best_record(history: list[dict]) -> dict | None:
+    """The epoch of lowest top-1 error, the earliest where several tie."""
+    return min(history, key=lambda record: record["val"]["top1_error"], default=None)
+
+
+def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
+    """The checkpoint that a path means, that file itself or the newest intact one of a run directory; its file; and a
+    note for the user, empty where all is well.
+
+    Raises:
+        UserError: there is none, or none that is intact.
+    """
+    if not path.is_dir():
+        return load_checkpoint(path), path, ""
+    last, previous = path / LAST, path / PREVIOUS
+    if not last.exists() and not previous.exists():
+        raise UserError(f"{path} holds no {LAST}")
+    try:
+        return load_checkpoint(last), last, ""
+    except UserError as e:
+        if last.exists() and not os.access(last, os.R_OK):  # it may be intact
+            raise
+        problem = str(e)
+    remedy = "start anew with --overwrite or another --run_name"
+    if not previous.exists():
+        raise UserError(f"{problem}; there is no older one: {remedy}")
+    try:
+        return load_checkpoint(previous), previous, f"{problem}: continuing from {PREVIOUS}"
+    except UserError as e:
+        raise UserError(f"{problem}, and {e}: {remedy}") from None

@@ -179,3 +179,48 @@ def _check_paths(fail, args: argparse.Namespace) -> None:
             fail(f"argument --{name}: {value!r} is not a directory")
     if args.resume is not None and not os.path.exists(args.resume):
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The names of the flags that the command line gives."""
+    unset = object()
+    names = vars(parser.parse_args([]))
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name for name, value in vars(values).items() if value is not unset}
+
+
+def to_argv(values: dict) -> list[str]:
+    """Flags by name -> the words of a command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return words
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
+
+    A flag that only one of them has, because the program was younger or older, counts as off in the other.
+    """
+    names = sorted((before.keys() | now.keys()) - RUNTIME_FLAGS)
+    return [
+        f"--{n} {before.get(n)} -> {now.get(n)}"
+        for n in names
+        if before.get(n) != now.get(n) and (before.get(n) or now.get(n) or (n in before and n in now))
+    ]
+
+
+def notes(args, device: torch.device) -> list[str]:
+    """What is allowed but perhaps not meant."""
+    found = []
+    if not any(epoch < args.end_epoch for epoch in args.lr_decay_schedule):
+        schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"
+        found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
+    if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
+        found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
+    if args.compile:
+        found.append("--compile: compiling in the first step takes minutes")
+    return found

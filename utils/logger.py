@@ -16,8 +16,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
-from utils.metrics import METRICS, confidence_and_wrong, reliability, risk_coverage_curve
 from utils.flags import RUNTIME_FLAGS as NOT_DEFINING
+from utils.metrics import METRICS, confidence_and_wrong, reliability, risk_coverage_curve
 
 BAR_INTERVAL = 1.0  # seconds between two looks at the device's meters: each look waits for the device
 NUM_IMAGES = 64  # on the sheet of training images

@@ -15,8 +15,19 @@ from pathlib import Path
 import torch
 
 from utils import distributed
-from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint, read_json, sync_directory, write_atomic, write_json
-from utils.flags import RUNTIME_FLAGS
+from utils.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    best_record,
+    find_checkpoint,
+    load_checkpoint,
+    read_json,
+    sync_directory,
+    write_atomic,
+    write_json,
+)  # fmt: skip
+from utils.flags import differences
 from utils.runtime import Interrupted, UserError
 
 NEW = "checkpoint_new.pth"  # while it is written
@@ -26,51 +37,6 @@ FILES = (LAST, PREVIOUS, BEST, "metrics.jsonl", "results.json", "config.json", "
 # Writing costs at most about a twentieth of the time, unless a write is too short to matter.
 SAVE_INTERVAL = 20  # times the duration of a write
 SHORT_WRITE = 0.05  # seconds
-
-
-def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
-    """The checkpoint that a path means, that file itself or the newest intact one of a run directory; its file; and a
-    note for the user, empty where all is well.
-
-    Raises:
-        UserError: there is none, or none that is intact.
-    """
-    if not path.is_dir():
-        return load_checkpoint(path), path, ""
-    last, previous = path / LAST, path / PREVIOUS
-    if not last.exists() and not previous.exists():
-        raise UserError(f"{path} holds no {LAST}")
-    try:
-        return load_checkpoint(last), last, ""
-    except UserError as e:
-        if last.exists() and not os.access(last, os.R_OK):  # it may be intact
-            raise
-        problem = str(e)
-    remedy = "start anew with --overwrite or another --run_name"
-    if not previous.exists():
-        raise UserError(f"{problem}; there is no older one: {remedy}")
-    try:
-        return load_checkpoint(previous), previous, f"{problem}: continuing from {PREVIOUS}"
-    except UserError as e:
-        raise UserError(f"{problem}, and {e}: {remedy}") from None
-
-
-def differences(before: dict, now: dict) -> list[str]:
-    """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
-
-    A flag that only one of them has, because the program was younger or older, counts as off in the other.
-    """
-    names = sorted((before.keys() | now.keys()) - RUNTIME_FLAGS)
-    return [
-        f"--{n} {before.get(n)} -> {now.get(n)}"
-        for n in names
-        if before.get(n) != now.get(n) and (before.get(n) or now.get(n) or (n in before and n in now))
-    ]
-
-
-def best_record(history: list[dict]) -> dict | None:
-    """The epoch of lowest top-1 error, the earliest where several tie."""
-    return min(history, key=lambda record: record["val"]["top1_error"], default=None)
 
 
 class RunDirectory:
@@ -85,7 +51,7 @@ class RunDirectory:
         self.is_main = distributed.is_main()
         self.is_finished = False
         self.source: Path | None = None  # the checkpoint that the run continues from
-        self.seconds_saving = 0.0  # of the last epoch's save; 0 where it was not saved
+        self.seconds_saving = 0.0  # of the last epoch's save; 0 if it was not saved
         self._lock = None
         self._num_saved: int | None = None  # epochs in LAST; None until the directory is known to be this run's
         self._write_seconds, self._saved_at = 0.0, 0.0
@@ -99,21 +65,18 @@ class RunDirectory:
         if error is not None:
             self._set_status("interrupted" if isinstance(error, Interrupted) else "failed")
         if isinstance(error, Interrupted):
+            again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
+            what = f"no epoch was saved; {again} starts anew"
+            if self._num_saved:
+                what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; {again} continues from there"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"\ninterrupted: {self._describe_interruption()}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            if self._is_new and [file.name for file in self.path.iterdir()] == [".lock"]:
-                shutil.rmtree(self.path)
-                self.path.parent.rmdir()  # refused unless this run made it and nothing else is there
+                print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where nothing was written, leave no empty directory behind
+            if self._created and [file.name for file in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+                for path in self._created:
+                    path.rmdir()
         self._lock.close()
-
-    def _describe_interruption(self) -> str:
-        again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
-        if self._num_saved:
-            return f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; {again} continues from there"
-        if self._num_saved is None and self.flags["overwrite"]:
-            return "nothing was done; the run directory is as it was"
-        return f"no epoch was saved; {again} starts anew"
 
     def open(self) -> dict | None:
         """Lock the directory and decide where the run starts: the checkpoint to continue from, None to start anew.
@@ -129,53 +92,56 @@ class RunDirectory:
     def _open(self) -> tuple[dict | None, bool]:
         self._acquire_lock()
         flags = self.flags
-        restart = flags["overwrite"] and distributed.is_restart()  # what the processes before these saved must stay
-        if flags["overwrite"] and not restart:
-            return None, False
-        checkpoint, note = None, ""
+        restarted = flags["overwrite"] and distributed.is_restart()  # what the processes before these saved must stay
         exists = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
-        if flags["resume"] is not None:
-            given = Path(flags["resume"])
-            directory = given if given.is_dir() else given.parent
-            if directory.resolve() != self.path.resolve():
-                if not exists:
-                    checkpoint, self.source, note = find_checkpoint(given)
-            elif given != directory and given.name not in (LAST, PREVIOUS):
-                raise UserError(
-                    f"{given} lies in the run's own directory, which continues from {LAST}: give another --run_name to"
-                    " continue from here"
-                )
-        if exists:
-            checkpoint, self.source, note = find_checkpoint(self.path)
-            elsewhere = flags["resume"] is not None and directory.resolve() != self.path.resolve()
-            if elsewhere and checkpoint["args"].get("resume") != flags["resume"]:
-                raise UserError(f"{self.path} holds another run than one from {given}: give another --run_name")
-        elif checkpoint is None and self._results().get("epochs"):
-            raise UserError(
-                f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
-                " --overwrite to start anew"
-            )
-        if checkpoint is None:
+        if flags["overwrite"] and not restarted:
             return None, False
+        if not exists and flags["resume"] is None:
+            if read_json(self.path / "results.json").get("epochs"):
+                raise UserError(
+                    f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
+                    " --overwrite to start anew"
+                )
+            return None, False
+        other = self._other_source()
+        if exists and other and read_json(self.path / "config.json").get("resume") != flags["resume"]:
+            raise UserError(f"{self.path} holds another run than one from {other}: give another --run_name")
+        source = other if other and not exists else self.path
+        checkpoint, self.source, note = find_checkpoint(source)
         self._check_flags(checkpoint)
         done, wanted = checkpoint["epoch"] + 1, flags["end_epoch"]
-        if exists:
-            self._num_saved = done
         finished = exists and done == wanted and self._has_all_files()
-        if finished and restart:
+        if finished and restarted:
             raise UserError(
                 f"{self.path} is finished, perhaps by an earlier run: processes started with --overwrite died, maybe"
                 " before they began; rerun the same command"
             )
+        if exists:
+            self._num_saved = done
         if note:
             print(note)
         if done < wanted:
             print(f"continuing from {self.source}: {done} of {wanted} epochs are done")
         return checkpoint, finished
 
+    def _other_source(self) -> Path | None:
+        """The path of --resume where that lies outside this directory."""
+        if self.flags["resume"] is None:
+            return None
+        given = Path(self.flags["resume"])
+        directory = given if given.is_dir() else given.parent
+        if directory.resolve() != self.path.resolve():
+            return given
+        if given != directory and given.name not in (LAST, PREVIOUS):
+            raise UserError(
+                f"{given} lies in the run's own directory, which continues from {LAST}: give another --run_name to"
+                " continue from here"
+            )
+        return None
+
     def _acquire_lock(self) -> None:
         try:
-            self._is_new = not self.path.exists()
+            self._created = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  (held until the process ends)
         except OSError as e:
@@ -220,13 +186,9 @@ class RunDirectory:
     def _has_all_files(self) -> bool:
         """Whether results.json says "finished" and no file is missing; the same command writes missing ones again."""
         names = ["config.json", "metrics.jsonl", *(["predictions.npz"] if self.flags["save_predictions"] else [])]
-        results = self._results()
+        results = read_json(self.path / "results.json")
         is_finished = results.get("status") == "finished" and results.get("epochs") == self.flags["end_epoch"]
         return is_finished and all((self.path / name).exists() for name in names)
-
-    def _results(self) -> dict:
-        """The content of results.json; nothing where it is missing or damaged."""
-        return read_json(self.path / "results.json")
 
     def begin(self, facts: dict, history: list[dict]) -> None:
         """Write what is known before the first epoch; with --overwrite, remove the earlier run's files first.
@@ -248,6 +210,9 @@ class RunDirectory:
         (self.path / NEW).unlink(missing_ok=True)
         if len(history) < self.flags["end_epoch"]:
             (self.path / "predictions.npz").unlink(missing_ok=True)  # of an earlier end
+        machine = {key: value for key, value in facts.items() if key != "data"}
+        starts.append({"epoch": len(history), **machine})
+        write_json(self.path / "config.json", {**self.flags, **facts, "starts": starts})
         if self.source is not None and self.source.resolve().parent != self.path.resolve():
             self._adopt(history)
         elif self.source == self.path / PREVIOUS:
@@ -255,9 +220,6 @@ class RunDirectory:
         # Event files are written anew from the history, so that no step is in them twice.
         for events in self.path.glob("tensorboard/events.out.tfevents.*"):
             events.unlink()
-        machine = {key: value for key, value in facts.items() if key != "data"}
-        starts.append({"epoch": len(history), **machine})
-        write_json(self.path / "config.json", {**self.flags, **facts, "starts": starts})
         self.write_records(history, "running")
         self._num_saved = len(history)
 
@@ -340,7 +302,7 @@ class RunDirectory:
         """Change the status in results.json, if it is an unfinished run's and the disk allows."""
         if self._num_saved is None:
             return
-        results = self._results()
+        results = read_json(self.path / "results.json")
         with contextlib.suppress(OSError, UserError):  # the message on the console matters more than this file
             if results and results.get("status") != "finished":
                 self._check_lock()
