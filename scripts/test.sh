@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The tests, from nothing: a virtual environment with what they need, then pytest.
-# Environment: VENV (.venv) where the virtual environment goes, PYTHON (python3) what makes it. Flags are pytest's.
+# The tests from nothing: a virtual environment with what they need, then pytest.
+# Environment: VENV (.venv) is the virtual environment, PYTHON (python3) the interpreter that makes it. Flags are
+# pytest's.
 set -eu
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-echo "installing into $venv: PyTorch is some gigabytes and takes minutes the first time"
-"$venv/bin/python" -m pip install --quiet --requirement requirements.txt \
+echo "installing into $venv; PyTorch is some gigabytes and takes minutes the first time"
+"$venv/bin/python" -m pip install --disable-pip-version-check --requirement requirements.txt \
     --requirement tests/requirements.txt --requirement scripts/requirements.txt
 exec "$venv/bin/python" -m pytest "$@"
