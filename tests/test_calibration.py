@@ -1,0 +1,90 @@
+"""Temperatures and the early-exit curve: fitted and chosen on held-out images, measured on the test split."""
+
+from math import log
+
+import pytest
+import torch
+
+from utils.calibration import calibrate, early_exit_curve, fit_temperature
+from utils.metrics import classification_metrics
+
+
+def classifiers(seed: int, num_images: int = 200):
+    """Logits (B = 3, M, K = 5), each classifier better than the one before, and labels (M,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, (num_images,), generator=generator)
+    signal = torch.nn.functional.one_hot(labels, 5) * torch.tensor([2.0, 3.0, 5.0])[:, None, None]
+    return 2 * torch.randn(3, num_images, 5, generator=generator) + signal, labels
+
+
+def two_class_logits(*first: float) -> torch.Tensor:
+    return torch.tensor([[z, 0.0] for z in first])
+
+
+def test_temperature_by_hand():
+    # Three of four images are right, each with logits (2, 0): the NLL is least where sigmoid(2 / T) = 3/4.
+    labels = torch.tensor([0, 0, 0, 1])
+    assert fit_temperature(two_class_logits(2, 2, 2, 2), labels) == pytest.approx(2 / log(3), rel=1e-9)
+    # Scaling the logits scales the temperature with them.
+    assert fit_temperature(two_class_logits(10, 10, 10, 10), labels) == pytest.approx(10 / log(3), rel=1e-9)
+
+
+def test_temperature_stays_within_limits():
+    all_right, all_wrong = torch.tensor([0, 0]), torch.tensor([1, 1])
+    assert fit_temperature(two_class_logits(1, 2), all_right) == pytest.approx(0.01, rel=1e-6)
+    assert fit_temperature(two_class_logits(1, 2), all_wrong) == pytest.approx(100, rel=1e-6)
+
+
+def test_calibrate_fits_on_heldout_images_and_reports_the_test_split():
+    heldout, test = classifiers(seed=0), classifiers(seed=1)
+    record = calibrate(heldout, test, [True, False])
+    temperatures = record["temperatures"]
+    assert temperatures[1] is None and record["calibrated"]["exits"][1] is None
+    for i, ours in ((0, record["calibrated"]["exits"][0]), (2, record["calibrated"]["val"])):
+        nll = [
+            classification_metrics(heldout[0][i].double() / (temperatures[i] * factor), heldout[1])["nll"]
+            for factor in (0.99, 1, 1.01)
+        ]
+        assert nll[1] == min(nll)
+        expected = classification_metrics(test[0][i].double() / temperatures[i], test[1])
+        assert ours == {"ece": expected["ece"], "nll": expected["nll"]}
+        assert ours["ece"] < classification_metrics(test[0][i], test[1])["ece"]
+
+
+@pytest.mark.parametrize("temperatures", [[1.5, 0.7, 2.0], [2.0, None, 1.0]])
+def test_early_exit_curve_is_what_stopping_each_image_by_itself_gives(temperatures):
+    (logits, labels), costs = classifiers(seed=1), [10, 25, 40]
+    result = early_exit_curve(classifiers(seed=3), (logits, labels), temperatures, costs)
+    for point in result["curve"]:
+        correct, cost = 0, 0
+        for image in range(len(labels)):
+            for i, temperature in enumerate(temperatures):
+                if temperature is None:
+                    continue
+                probabilities = (logits[i, image].double() / temperature).softmax(0)
+                if i == 2 or probabilities.max() >= point["threshold"]:
+                    break
+            correct += (logits[i, image].argmax() == labels[image]).item()
+            cost += costs[i]
+        assert point["accuracy"] == pytest.approx(100 * correct / len(labels))
+        assert point["multiply_adds"] == pytest.approx(cost / len(labels))
+    assert result["curve"][0]["multiply_adds"] == 10 and result["curve"][-1]["multiply_adds"] == 40
+    least = result["curve"][-1]["heldout_accuracy"] - 0.5
+    assert result["chosen"] == next(point for point in result["curve"] if point["heldout_accuracy"] >= least)
+
+
+def test_threshold_is_chosen_on_heldout_images_by_hand():
+    # Of the exit, confident images are right and the others wrong; the final classifier is always right.
+    probability = torch.linspace(0.5, 1, 102)[1:-1]
+    exit_logits = torch.stack([probability, 1 - probability], dim=1).log()
+    labels = (probability < 0.8).long()
+    heldout = torch.stack([exit_logits, 9 * torch.nn.functional.one_hot(labels, 2)]), labels
+    results = []
+    for test_labels in (labels, 1 - labels):
+        results.append(early_exit_curve(heldout, (heldout[0], test_labels), [1.0, 1.0], [1, 3]))
+    chosen = results[0]["chosen"]
+    assert 0.8 <= chosen["threshold"] < 0.83 and chosen["heldout_accuracy"] == 100
+    below = results[0]["curve"][results[0]["curve"].index(chosen) - 1]
+    assert below["heldout_accuracy"] < 99.5
+    # Whatever the test labels are, the choice is the same.
+    assert results[1]["chosen"]["threshold"] == chosen["threshold"] and results[1]["chosen"]["accuracy"] == 0
