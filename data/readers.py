@@ -28,6 +28,7 @@ from utils.runtime import UserError, first_line
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+CIFAR_SIZES = (50_000, 10_000)  # training and test images of both
 CACHE = "decoded-images.npz"
 
 
@@ -77,7 +78,7 @@ def _cifar_of_folders(kind: type[CIFAR10], root: Path, workers: int, read_only: 
     train, test = (" to ".join(map(str, sorted({count.min(), count.max()}))) for count in counts)
     contents = "{} classes of {} training and {} test images of {} x {} pixels".format
     found = contents(len(images.class_names), train, test, width, height)
-    expected = contents(classes, 50_000 // classes, 10_000 // classes, 32, 32)
+    expected = contents(classes, *(num // classes for num in CIFAR_SIZES), 32, 32)
     if found != expected:
         raise UserError(f"{root} is not {kind.__name__}: it has {found}, not {expected}; use --data_type folder")
     return images
