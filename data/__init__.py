@@ -128,7 +128,9 @@ def build_loaders(args: Namespace, device: torch.device | str, split: str | None
 
 def channel_statistics(images: np.ndarray, rows: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of RGB in 0..1 over the pixels of images[rows], (M, H, W, 3) uint8."""
-    counts = np.stack([np.bincount(images[rows, :, :, c].ravel(), minlength=256) for c in range(3)])
+    counts = np.zeros((3, 256))
+    for some in np.array_split(rows, len(rows) // 500 + 1):  # at once, it would take many times the images' memory
+        counts += [np.bincount(images[some, :, :, c].ravel(), minlength=256) for c in range(3)]
     levels = np.arange(256) / 255
     mean = (counts * levels).sum(axis=1) / counts.sum(axis=1)
     variance = (counts * levels**2).sum(axis=1) / counts.sum(axis=1) - mean**2

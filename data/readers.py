@@ -8,9 +8,10 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 import sys
 import tempfile
-import zipfile
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from utils.runtime import UserError, first_line
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+CIFAR_SIZES = (50_000, 10_000)  # training and test images of both
 CACHE = "decoded-images.npz"
 
 
@@ -58,34 +60,27 @@ def read_cifar(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -
     try:
         parts = [kind(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError):
-        damaged = [
-            str(folder / name)
-            for name, md5 in (*kind.train_list, *kind.test_list)
-            if (folder / name).exists() and not check_integrity(str(folder / name), md5)
-        ]
+        files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+        damaged = [str(folder / name) for name, md5 in files if _is_damaged(folder / name, md5)]
         problem = f"the checksum of {damaged[0]} is wrong" if damaged else f"{folder} is missing or not complete"
-        with fetching(root, kind.filename, problem, read_only):
+        with fetching(root / kind.filename, kind.tgz_md5, problem, read_only):
             parts = [kind(root, train=train, download=True) for train in (True, False)]
     train, test = (Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
     return Images(train, test, parts[0].classes)
 
 
 def _cifar_of_folders(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -> Images:
-    """The same images from folders of classes; sorted class names are CIFAR-100's label order."""
+    """The same images from folders of classes; sorted class names are both sets' label order."""
     images = read_folder(root, workers, read_only)
     classes = 100 if kind is CIFAR100 else 10
-    counts = [np.bincount(split.labels, minlength=classes).tolist() for split in (images.train, images.test)]
-    size = images.train.images.shape[1:3]
-    if (
-        len(images.class_names) != classes
-        or size != (32, 32)
-        or any(set(count) != {num // classes} for count, num in zip(counts, (50_000, 10_000), strict=True))
-    ):
-        raise UserError(
-            f"{root} is not {kind.__name__}: it has {len(images.class_names)} classes, {len(images.train.labels)}"
-            f" training and {len(images.test.labels)} test images of {size[1]} x {size[0]} pixels, not"
-            f" {classes} classes of {50_000 // classes} and {10_000 // classes} images of 32 x 32; use --data_type folder"
-        )
+    height, width = images.train.images.shape[1:3]
+    counts = [np.bincount(split.labels) for split in (images.train, images.test)]
+    train, test = (" to ".join(map(str, sorted({count.min(), count.max()}))) for count in counts)
+    contents = "{} classes of {} training and {} test images of {} x {} pixels".format
+    found = contents(len(images.class_names), train, test, width, height)
+    expected = contents(classes, *(num // classes for num in CIFAR_SIZES), 32, 32)
+    if found != expected:
+        raise UserError(f"{root} is not {kind.__name__}: it has {found}, not {expected}; use --data_type folder")
     return images
 
 
@@ -112,19 +107,17 @@ def _list_classes(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its files, both sorted; hidden files are left out."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory; --data_type folder needs train/<class>/ and test/<class>/")
-    classes = {entry.name: _list_files(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
-    if not classes:
-        raise UserError(f"{folder} holds no class: it needs a folder of images for each")
-    return classes
+    return {entry.name: _list_files(entry) for entry in _list_files(folder, "class folder")}
 
 
-def _list_files(folder: Path) -> list[Path]:
+def _list_files(folder: Path, kind: str = "image") -> list[Path]:
+    """What a folder holds, sorted, less what is hidden; `kind` is what it should hold."""
     try:
         files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as e:
-        raise UserError(f"{folder} cannot be read as a folder of images ({e.strerror})") from None
+        raise UserError(f"{folder} cannot be read as a folder ({e.strerror})") from None
     if not files:
-        raise UserError(f"{folder} holds no image")
+        raise UserError(f"{folder} holds no {kind}")
     return files
 
 
@@ -146,24 +139,25 @@ def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
     name = "tiny-imagenet-200"
     folder = root if root.name == name or (root / "wnids.txt").exists() else root / name
     if not folder.is_dir():
-        with fetching(folder.parent, f"{name}.zip", f"{folder} is missing", read_only):
-            download_url(TINY_IMAGENET_URL, folder.parent, f"{name}.zip", TINY_IMAGENET_MD5)
+        archive = folder.with_name(f"{name}.zip")
+        with fetching(archive, TINY_IMAGENET_MD5, f"{folder} is missing", read_only):
+            download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
-                extract_archive(folder.parent / f"{name}.zip", unpacked)
+                extract_archive(archive, unpacked)
                 os.rename(Path(unpacked) / name, folder)
     wnids = sorted(set(_lines(folder / "wnids.txt")))
     if len(wnids) != 200 or not all(wnid.isalnum() for wnid in wnids):
         raise UserError(f"{folder / 'wnids.txt'} does not list 200 class ids: unpack {name}.zip again")
     train = [_list_files(folder / "train" / wnid / "images") for wnid in wnids]
-    annotations = folder / "val" / "val_annotations.txt"
+    annotations, val_images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
     label_of, val = {wnid: label for label, wnid in enumerate(wnids)}, {}
     for line in _lines(annotations):
         file, wnid = [*line.split("\t"), ""][:2]
-        if wnid not in label_of or "/" in file:
-            raise UserError(f"{annotations} gives {file!r} the class {wnid!r}, which wnids.txt does not list")
-        val[folder / "val" / "images" / file] = label_of[wnid]
-    if unlisted := sorted(set(_list_files(folder / "val" / "images")) ^ val.keys()):
+        if wnid not in label_of or "/" in file or not file.isprintable() or val_images / file in val:
+            raise UserError(f"{annotations} gives {file!r} the class {wnid!r}: not one name and one id of wnids.txt")
+        val[val_images / file] = label_of[wnid]
+    if unlisted := sorted(set(_list_files(val_images)) ^ val.keys()):
         raise UserError(f"{unlisted[0]} is missing, or has no class in {annotations}: unpack {name}.zip again")
     images = _decode(folder, [file for files in train for file in files] + list(val), workers, read_only)
     labels = np.repeat(np.arange(200), [len(files) for files in train])
@@ -172,28 +166,43 @@ def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
     return Images(
         Split(images[: len(labels)], labels),
         Split(images[len(labels) :], np.array(list(val.values()))),
-        [names.get(wnid, wnid).split(",")[0] for wnid in wnids],
+        [names.get(wnid, wnid).split(",")[0][:80] for wnid in wnids],  # a caption, however long the file's line
     )
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
+    _stat(path)
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a regular file")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from None
     return [line.strip() for line in lines if line.strip()]
 
 
+def _stat(path: Path) -> os.stat_result:
+    """Size and times of a regular file; of a pipe or a device, reading might never end."""
+    try:
+        facts = path.stat()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+    if not stat.S_ISREG(facts.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    return facts
+
+
+def _is_damaged(path: Path, md5: str) -> bool:
+    return path.exists() and not check_integrity(str(path), md5)
+
+
 @contextlib.contextmanager
-def fetching(folder: Path, archive: str, problem: str, read_only: bool) -> Iterator[None]:
+def fetching(archive: Path, md5: str, problem: str, read_only: bool) -> Iterator[None]:
     """Around torchvision's download helpers, which raise a dozen types for network, disk and archive.
 
     Raises:
-        UserError: for all of them; the remedy is the same, `archive` by hand.
+        UserError: for all of them; the remedy is the same, the archive by hand.
     """
+    folder = archive.parent
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         if read_only:
@@ -203,13 +212,16 @@ def fetching(folder: Path, archive: str, problem: str, read_only: bool) -> Itera
         with quiet:
             yield
     except Exception as e:
+        if _is_damaged(archive, md5):
+            problem += f", the checksum of {archive} is wrong"
+        raise UserError(
+            f"{problem}, and {archive.name} could not be fetched ({first_line(e)}): put that file into {folder}, or use"
+            " --data_type synthetic, which needs no files"
+        ) from None
+    finally:
         for path in missing:  # leave no empty folder behind
             with contextlib.suppress(OSError):
                 path.rmdir()
-        raise UserError(
-            f"{problem}, and {archive} could not be fetched ({first_line(e)}): put that file into {folder}, or use"
-            " --data_type synthetic, which needs no files"
-        ) from None
 
 
 def _decode(folder: Path, files: list[Path], workers: int, read_only: bool) -> np.ndarray:
@@ -217,10 +229,9 @@ def _decode(folder: Path, files: list[Path], workers: int, read_only: bool) -> n
 
     The cache is used if its checksum is right and it was made of files of these names, sizes and times.
     """
-    stats = [file.stat() for file in files]
     facts = [
-        (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        for file, stat in zip(files, stats, strict=True)
+        (str(file.relative_to(folder)), info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        for file, info in zip(files, map(_stat, files), strict=True)
     ]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     cache = folder / CACHE
@@ -228,8 +239,8 @@ def _decode(folder: Path, files: list[Path], workers: int, read_only: bool) -> n
         with np.load(cache) as arrays:  # reading verifies the zip's checksums
             if str(arrays["key"]) == key:
                 return arrays["images"]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
-        pass  # missing or damaged: made again
+    except Exception:  # missing, or damaged, for which every part of the format has an exception of its own
+        pass  # made again
     height, width = _pixels(files[0]).shape[:2]
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
 
@@ -257,23 +268,29 @@ def _decode(folder: Path, files: list[Path], workers: int, read_only: bool) -> n
 
 
 def _store(cache: Path, key: str, images: np.ndarray) -> None:
-    part = cache.with_name(f".{cache.name}.{os.getpid()}")
+    part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")  # process ids recur in containers
     try:
-        with open(part, "wb") as f:
+        with open(part, "xb") as f:
             np.savez(f, key=key, images=images)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, cache)
     except OSError as e:
+        print(f"note: {cache} cannot be written ({e.strerror}): every start decodes the images again", file=sys.stderr)
+    finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        print(f"note: {cache} cannot be written ({e.strerror}): every start decodes the images again", file=sys.stderr)
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, of a JPEG or PNG file; transparency is dropped."""
+    """(H, W, 3) uint8, RGB, of a JPEG or PNG file; transparency is dropped.
+
+    A JPEG whose bytes were altered in the middle decodes to other pixels without an error: Pillow does not report it.
+    """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
+            if image.mode.startswith("I"):  # conversion would cut it off at level 255
+                raise ValueError("16-bit grey; convert it to 8 bits")
             return np.asarray(image.convert("RGB"))
     except Exception as e:  # each file format has exceptions of its own
         raise UserError(f"{path} is not an intact JPEG or PNG image ({first_line(e)})") from None

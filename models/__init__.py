@@ -134,16 +134,20 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
     path, name = Path(path), {"last": LAST, "best": BEST}[epoch]
     checkpoint = load_checkpoint(path / name)
     args = argparse.Namespace(**checkpoint["args"])
+    file = "config.json"
     try:
-        config, results = (json.loads((path / file).read_text()) for file in ("config.json", "results.json"))
-        info = {key: config["data"][key] for key in ("class_names", "mean", "std")}
+        config = json.loads((path / file).read_text())["data"]
+        info = {key: config[key] for key in ("class_names", "mean", "std")}
+        file = "results.json"
+        test = json.loads((path / file).read_text()).get("test") or {}
+        temperatures = test[epoch]["temperatures"] if epoch in test else None
+        file = name
         model = build_model(args, len(info["class_names"])).eval()
+        trained = [1.0 if exit_ else None for exit_ in checkpoint["history"][-1]["exits"]]
         info["image_size"] = args.image_size
     except (OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is not a complete run directory ({first_line(e)})") from None
+        raise UserError(f"{path / file} is not of a complete run ({first_line(e)})") from None
     load_states(checkpoint, path / name, model=model)
-    temperatures = results.get("test", {}).get(epoch, {}).get("temperatures")
-    trained = [1.0 if exit_ else None for exit_ in checkpoint["history"][-1]["exits"]]
     model.temperatures = temperatures or [*trained, 1.0]
     info |= {"args": args, "epoch": checkpoint["epoch"], "temperatures": temperatures}
     return model, info
