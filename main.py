@@ -222,8 +222,7 @@ def evaluate_test_split(args, device, run: RunDirectory, model, val_loader, hist
         if any(trained):
             model.temperatures = record["temperatures"]
             costs, backbone = model.multiply_adds(args.image_size)
-            curve = early_exit_curve(heldout, tested, record["temperatures"], costs)
-            record["early_exit"] = {"backbone_multiply_adds": backbone, **curve}
+            record["early_exit"] = early_exit_curve(heldout, tested, record["temperatures"], costs, backbone)
         test[name] = record
     return test
 

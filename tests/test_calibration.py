@@ -54,7 +54,7 @@ def test_calibrate_fits_on_heldout_images_and_reports_the_test_split():
 @pytest.mark.parametrize("temperatures", [[1.5, 0.7, 2.0], [2.0, None, 1.0]])
 def test_early_exit_curve_is_what_stopping_each_image_by_itself_gives(temperatures):
     (logits, labels), costs = classifiers(seed=1), [10, 25, 40]
-    result = early_exit_curve(classifiers(seed=3), (logits, labels), temperatures, costs)
+    result = early_exit_curve(classifiers(seed=3), (logits, labels), temperatures, costs, 36)
     for point in result["curve"]:
         correct, cost = 0, 0
         for image in range(len(labels)):
@@ -67,10 +67,10 @@ def test_early_exit_curve_is_what_stopping_each_image_by_itself_gives(temperatur
             correct += (logits[i, image].argmax() == labels[image]).item()
             cost += costs[i]
         assert point["accuracy"] == pytest.approx(100 * correct / len(labels))
-        assert point["multiply_adds"] == pytest.approx(cost / len(labels))
-    assert result["curve"][0]["multiply_adds"] == 10 and result["curve"][-1]["multiply_adds"] == 40
-    least = result["curve"][-1]["heldout_accuracy"] - 0.5
-    assert result["chosen"] == next(point for point in result["curve"] if point["heldout_accuracy"] >= least)
+        # Above 1 no exit is computed: the backbone alone.
+        assert point["multiply_adds"] == pytest.approx(36 if point["threshold"] > 1 else cost / len(labels))
+    assert result["curve"][0]["multiply_adds"] == 10 and result["curve"][-1]["multiply_adds"] == 36
+    assert result["chosen"]["heldout_accuracy"] >= result["curve"][-1]["heldout_accuracy"] - 0.5
 
 
 def test_threshold_is_chosen_on_heldout_images_by_hand():
@@ -81,7 +81,7 @@ def test_threshold_is_chosen_on_heldout_images_by_hand():
     heldout = torch.stack([exit_logits, 9 * torch.nn.functional.one_hot(labels, 2)]), labels
     results = []
     for test_labels in (labels, 1 - labels):
-        results.append(early_exit_curve(heldout, (heldout[0], test_labels), [1.0, 1.0], [1, 3]))
+        results.append(early_exit_curve(heldout, (heldout[0], test_labels), [1.0, 1.0], [1, 3], 2.9))
     chosen = results[0]["chosen"]
     assert 0.8 <= chosen["threshold"] < 0.83 and chosen["heldout_accuracy"] == 100
     below = results[0]["curve"][results[0]["curve"].index(chosen) - 1]

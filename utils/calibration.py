@@ -46,7 +46,9 @@ def calibrate(heldout: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], train
     return {"temperatures": temperatures, "calibrated": {"val": calibrated[-1], "exits": calibrated[:-1]}}
 
 
-def early_exit_curve(heldout, test, temperatures: list[float | None], multiply_adds: list[int]) -> dict:
+def early_exit_curve(
+    heldout, test, temperatures: list[float | None], multiply_adds: list[int], backbone_multiply_adds: int
+) -> dict:
     """Accuracy and cost on the test split when an image stops at the first exit whose confidence, after its
     temperature, reaches a threshold; thresholds come from the held-out images alone.
 
@@ -54,11 +56,13 @@ def early_exit_curve(heldout, test, temperatures: list[float | None], multiply_a
         heldout, test: logits (B, M, K) and labels (M,), as for `calibrate`.
         temperatures: (B,), None for exits that never decide.
         multiply_adds: (B,) per image, of stopping at exit 1..B-1 and of going to the end.
+        backbone_multiply_adds: of the network without exits, which is what runs where no exit may decide.
 
     Returns:
-        `multiply_adds`; `curve`, a list of {threshold, heldout_accuracy (%), accuracy (%), multiply_adds (mean per
-        image)}, the first stopping at the first exit, the last never; and `chosen`, the entry of the smallest
-        threshold whose held-out accuracy is at least the final classifier's less TOLERANCE.
+        `multiply_adds` and `backbone_multiply_adds` as given; `curve`, a list of {threshold, heldout_accuracy (%),
+        accuracy (%), multiply_adds (mean per image)}, the first stopping at the first exit, the last never; and
+        `chosen`, the entry that costs least on the held-out images among those whose held-out accuracy is at least
+        the final classifier's less TOLERANCE.
     """
     usable = [i for i, t in enumerate(temperatures) if t is not None]
     costs = torch.tensor([multiply_adds[i] for i in usable], dtype=torch.float64)
@@ -73,17 +77,24 @@ def early_exit_curve(heldout, test, temperatures: list[float | None], multiply_a
     def measure(confidence: Tensor, correct: Tensor, threshold: float) -> tuple[float, float]:
         """(accuracy in %, mean multiply-adds)."""
         first = (confidence >= threshold).byte().argmax(dim=0)
-        return 100 * correct.gather(0, first[None]).mean().item(), costs[first].mean().item()
+        cost = costs[first].mean().item() if threshold <= 1 else float(backbone_multiply_adds)
+        return 100 * correct.gather(0, first[None]).mean().item(), cost
 
     held, tested = read(*heldout), read(*test)
     quantiles = torch.linspace(0, 1, NUM_THRESHOLDS, dtype=torch.float64)[1:-1]
     thresholds = [0.0, *held[0][:-1].flatten().quantile(quantiles).tolist(), 1.01]
-    curve = []
+    curve, heldout_costs = [], []
     for threshold in thresholds:
-        heldout_accuracy, _ = measure(*held, threshold)
+        heldout_accuracy, heldout_cost = measure(*held, threshold)
         accuracy, cost = measure(*tested, threshold)
         keys = ("threshold", "heldout_accuracy", "accuracy", "multiply_adds")
         curve.append(dict(zip(keys, (threshold, heldout_accuracy, accuracy, cost), strict=True)))
+        heldout_costs.append(heldout_cost)
     required = curve[-1]["heldout_accuracy"] - TOLERANCE
-    chosen = next(point for point in curve if point["heldout_accuracy"] >= required)
-    return {"multiply_adds": multiply_adds, "curve": curve, "chosen": chosen}
+    qualified = [i for i, point in enumerate(curve) if point["heldout_accuracy"] >= required]
+    return {
+        "multiply_adds": multiply_adds,
+        "backbone_multiply_adds": backbone_multiply_adds,
+        "curve": curve,
+        "chosen": curve[min(qualified, key=heldout_costs.__getitem__)],
+    }
