@@ -124,9 +124,8 @@ def time_epochs(argv: list[str], own: argparse.Namespace, out) -> dict:
         argv = [*argv, "--end_epoch", str(own.rounds + 1), "--experiments_dir", parent, "--run_name", "run"]
         subprocess.run([sys.executable, main.__file__, *argv], check=True, stdout=sys.stderr)
         records = [json.loads(text) for text in Path(parent, "run", "metrics.jsonl").read_text().splitlines()[1:]]
-    names = ("seconds", "seconds_validation", "seconds_saving")
-    medians = {f"epoch_{name}": float(np.median([record[name] for record in records])) for name in names}
-    return {**medians, "seconds_per_epoch": sum(medians.values())}
+    median = {n: float(np.median([r[n] for r in records])) for n in ("seconds", "seconds_validation", "seconds_saving")}
+    return {**median, "seconds_per_epoch": sum(median.values())}
 
 
 def measure(own: argparse.Namespace, argv: list[str]) -> None:
@@ -167,9 +166,8 @@ def table(files: list[str]) -> str:
 def command_line(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add, number = parser.add_argument, number_type(int, 1, 10**6)
-    add(
-        "--configs", nargs="+", choices=CONFIGS, default=["reference", "eager"], metavar="NAME", help=", ".join(CONFIGS)
-    )
+    names, both = ", ".join(CONFIGS), ["reference", "eager"]
+    add("--configs", nargs="+", choices=CONFIGS, default=both, metavar="NAME", help=f"{names} (default: the first two)")
     add("--rounds", type=number, default=5, help="per configuration, after one to warm up (default: 5)")
     add("--steps", type=number, help="per round (default: 78 on a GPU, 3 on a CPU)")
     add("--epoch", action="store_true", help="time complete epochs of main.py instead, with validation and saving")
