@@ -8,6 +8,7 @@ of main.py may be given too; images are synthetic unless --data_type says otherw
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import subprocess
@@ -120,9 +121,9 @@ def time_steps(args: argparse.Namespace, own: argparse.Namespace, out) -> dict:
 def time_epochs(argv: list[str], own: argparse.Namespace, out) -> dict:
     """Medians over own.rounds epochs of main.py after a first one."""
     fcntl.flock(out, fcntl.LOCK_EX)
-    with tempfile.TemporaryDirectory() as parent:
-        argv = [*argv, "--end_epoch", str(own.rounds + 1), "--experiments_dir", parent, "--run_name", "run"]
-        subprocess.run([sys.executable, main.__file__, *argv], check=True, stdout=sys.stderr)
+    with tempfile.TemporaryDirectory() as parent, contextlib.redirect_stdout(sys.stderr):
+        if main.main([*argv, f"--end_epoch={own.rounds + 1}", f"--experiments_dir={parent}", "--run_name=run"]):
+            sys.exit(1)
         records = [json.loads(text) for text in Path(parent, "run", "metrics.jsonl").read_text().splitlines()[1:]]
     median = {n: float(np.median([r[n] for r in records])) for n in ("seconds", "seconds_validation", "seconds_saving")}
     return {**median, "seconds_per_epoch": sum(median.values())}
@@ -166,8 +167,7 @@ def table(files: list[str]) -> str:
 def command_line(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add, number = parser.add_argument, number_type(int, 1, 10**6)
-    names, both = ", ".join(CONFIGS), ["reference", "eager"]
-    add("--configs", nargs="+", choices=CONFIGS, default=both, metavar="NAME", help=f"{names} (default: the first two)")
+    add("--configs", nargs="+", choices=CONFIGS, default=["reference", "eager"], metavar="C", help=", ".join(CONFIGS))
     add("--rounds", type=number, default=5, help="per configuration, after one to warm up (default: 5)")
     add("--steps", type=number, help="per round (default: 78 on a GPU, 3 on a CPU)")
     add("--epoch", action="store_true", help="time complete epochs of main.py instead, with validation and saving")
