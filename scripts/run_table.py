@@ -1,249 +1,194 @@
-"""Train the runs behind one table of the paper: what table1.sh to table4.sh call.
+"""Train the runs of one table of the paper. scripts/table1.sh to table4.sh call this with their table's number.
 
-usage: scripts/tableT.sh [ROW...] [--dry-run] [-- FLAG...]
+usage: scripts/table1.sh [ROW...] [--dry-run] [-- FLAG...]
 
-  ROW        8, 1-8 or a network's name such as resnet18; several at once; none means all.
-             Rows are numbered as the paper prints them, from 1.
-  --dry-run  print the commands, to be pasted in the repository's root, and run nothing.
-  FLAG...    flags for every main.py, e.g. -- --precision bf16. They make another experiment and so go
-             into the run's name, save those that change no result (--workers, --device, --compile, ...).
+  ROW        a row number (8), a range (1-8) or a network (resnet18); several are allowed (default: all rows)
+  --dry-run  print the commands, to be run in the repository's root, and train nothing
+  FLAG...    flags of main.py for every run, e.g. -- --precision bf16. They become part of the run's name,
+             except those that do not change the experiment (--workers, --device, --compile, ...).
+environment variables
+  SEEDS="1 2 3"    seeds of every row (default: 4)
+  JOBS=n           concurrent runs (default: 1). With several, the longest rows start first, the CPU threads are
+                   divided among them unless OMP_NUM_THREADS is set, and of several GPUs each run gets one.
+  EPOCHS=n         train n epochs instead of 300; the learning rate drops at n/2 and 3n/4
+  EXPERIMENTS=dir  where the run directories go (default: experiments, in the repository's root)
+  PYTHON=path      the Python interpreter (default: python3)
 
-environment
-  SEEDS="1 2 3"    seeds of every row (4, which is main.py's own)
-  JOBS=n           runs at a time (1); with more, each line of output begins with the run's name, and the
-                   seconds per epoch are those of a shared machine
-  EPOCHS=n         train n epochs in place of 300, the learning rate dropping at n/2 and 3n/4
-  EXPERIMENTS=dir  where the runs go (experiments)
-  PYTHON=path      the interpreter (python)
-
-Relative paths in EXPERIMENTS and FLAG are taken from the repository's root, where the runs start.
-Finished runs are skipped and unfinished ones go on where they stopped, so after an interruption, or once
-the cause of a failure is mended, give the same command again. A failed run does not stop the others.
-Tables 2 to 4 share runs with Table 1 and do not train them twice.
+All flags are checked before the first run starts. A failed run does not stop the others. Finished runs are skipped
+and unfinished ones resumed: after an interruption or a failure, rerun the same command.
 Exit status: 0 all finished, 1 some failed, 2 bad usage, 128 + n after signal n (130: Ctrl-C).
 """
 
+import argparse
+import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
-METHODS = ("PSKD", "BYOT", "DML")
-
-SET_BY_ROW = {
-    "classifier_type", *METHODS, "BYOT_from_k_block", "num_resnet_blocks", "run_name", "resume", "val_only",
-}  # fmt: skip
-SET_BY_VARIABLE = {"seed": "SEEDS", "end_epoch": "EPOCHS", "experiments_dir": "EXPERIMENTS"}
-NOT_IN_NAME = {
-    "workers", "device", "data_path", "compile",
-    "save_predictions", "saveckp_freq", "overwrite",
-}  # fmt: skip
-
-
-class UsageError(Exception):
-    """A bad argument or environment variable; its one line is all that the user sees."""
+BLOCK_FLAGS = {"BYOT_from_k_block": 1, "num_resnet_blocks": 4}  # with main.py's defaults
+SHORT_NAMES = {"BYOT_from_k_block": "k", "num_resnet_blocks": "blocks", "end_epoch": "ep"}
 
 
 def table_rows(table: int) -> list[dict]:
-    """Rows of one table: `row` (from 1), `model`, `methods`, the two block flags, and what the paper prints.
-
-    Tables 3 and 4 vary one flag of ResNet-18 with all three methods; k is 1 unless the row says otherwise.
-    """
-    same = {"model": "resnet18", "methods": METHODS, "BYOT_from_k_block": 1, "num_resnet_blocks": 4}
-    return [{"row": i, **same, **row} for i, row in enumerate(PUBLISHED[f"table{table}"]["rows"], 1)]
+    """The paper's rows: `row` (from 1), `model`, `methods`, the two block flags, and the published values."""
+    defaults = {"model": "resnet18", "methods": ["PSKD", "BYOT", "DML"], **BLOCK_FLAGS}
+    return [{**defaults, **row, "row": i} for i, row in enumerate(PUBLISHED[f"table{table}"]["rows"], 1)]
 
 
-def select(table: int, words: list[str]) -> list[dict]:
-    """The rows that the words name, in the table's order, each once."""
-    rows = table_rows(table)
-    wanted = set()
+def select(rows: list[dict], words: list[str], error: Callable[[str], None]) -> list[dict]:
+    """The rows that the words name, in the table's order, each once; all rows without words."""
+    selected = [] if words else rows
     for word in words:
-        if bounds := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
-            first, last = int(bounds[1]), int(bounds[2] or bounds[1])
-            if not 1 <= first <= last <= len(rows):
-                raise UsageError(f"{word}: Table {table} has rows 1 to {len(rows)}")
-            wanted.update(range(first, last + 1))
-        elif named := {row["row"] for row in rows if row["model"] == word}:
-            wanted |= named
-        else:
-            models = ", ".join(dict.fromkeys(row["model"] for row in rows))
-            raise UsageError(f"{word}: not a row (1 to {len(rows)}), a range such as 1-2, or one of {models}")
-    return [row for row in rows if not words or row["row"] in wanted]
+        first, last = re.fullmatch(r"(\d+)-?(\d*)|.*", word).groups()
+        numbers = range(int(first), int(last or first) + 1) if first else ()
+        named = [row for row in rows if row["model"] == word or row["row"] in numbers]
+        if not named:
+            error(f"{word}: not a row (1 to {len(rows)}), a range such as 1-2, or a network of this table")
+        selected = selected + named
+    return [row for row in rows if row in selected]
 
 
-def name_parts(extra: list[str]) -> tuple[str, str]:
-    """What the extra flags say in a run's name: the data set, and a suffix such as `_width8_sync_bn`."""
-    flags = []
-    for token in extra:
-        if token.startswith("--"):
-            flag, equals, value = token[2:].partition("=")
-            flags.append([flag, value] if equals else [flag])
-        elif flags:
-            flags[-1].append(token)
-        else:
-            raise UsageError(f"{token}: flags for main.py start with --")
-    data, suffix = "cifar100", ""
-    for flag, *values in flags:
-        if flag in ("dry-run", "help"):
-            raise UsageError(f"--{flag} must stand before the --")
-        if flag in SET_BY_ROW:
-            raise UsageError(f"--{flag} is what the rows set; for other runs call main.py itself")
-        if flag in SET_BY_VARIABLE:
-            raise UsageError(f"set {SET_BY_VARIABLE[flag]} in place of --{flag}")
-        if flag == "data_type":
-            data = "-".join(values)
-        elif flag not in NOT_IN_NAME:
-            suffix += re.sub(r"[^\w.+-]+", "-", f"_{flag}{'-'.join(values)}")
-    return data, suffix
+def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argparse.Namespace, int, int]:
+    """Check all flags. Called in a process of its own, because main.py's checks may initialise CUDA.
 
+    Returns:
+        run name -> command, the first seed's runs first; flags of the last run; numbers of GPUs and CPU threads.
+    """
+    python = os.environ.get("PYTHON") or sys.executable
+    python = os.path.abspath(python) if os.sep in python else python
+    os.chdir(ROOT)  # the runs start there, so relative paths are checked from there
+    sys.path.insert(0, str(ROOT))
+    import torch
 
-def positive(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{variable}={text}: not a positive whole number")
-    return int(text)
+    from main import default_run_name, parse_args
+    from utils.flags import RUNTIME_FLAGS
 
-
-def commands(rows: list[dict], extra: list[str]) -> dict[str, list[str]]:
-    """Run name -> command, all rows of the first seed first, so that one whole table is there early."""
-    seeds = (os.environ.get("SEEDS") or "4").split()
-    if bad := [seed for seed in seeds if not seed.isdecimal()]:
-        raise UsageError(f"SEEDS: {bad[0]} is not a whole number")
-    seeds = map(str, map(int, seeds))  # as main.py reads and names them, 04 being 4
-    epochs = positive("EPOCHS", 300)
-    data, suffix = name_parts(extra)
-    python = os.environ.get("PYTHON") or "python"
-    found = {}
-    for seed in seeds:
+    if os.environ.get("EXPERIMENTS"):
+        extra = ["--experiments_dir", os.environ["EXPERIMENTS"], *extra]
+    schedule, epochs = [], parse_args(["--end_epoch", os.environ.get("EPOCHS") or "300"]).end_epoch
+    if epochs != 300:
+        drops = sorted({-(-epochs // 2), -(-3 * epochs // 4)})  # rounded up; the two may coincide
+        schedule, extra = ["--lr_decay_schedule", *map(str, drops)], ["--end_epoch", str(epochs), *extra]
+    unnamed = RUNTIME_FLAGS | {"data_type"}  # default_run_name has the data set
+    runs = {}
+    for seed in (os.environ.get("SEEDS") or "4").split():
         for row in rows:
-            k, blocks = row["BYOT_from_k_block"], row["num_resnet_blocks"]
-            command = [os.path.abspath(python) if os.sep in python else python, "main.py"]
-            command += ["--classifier_type", row["model"], *(f"--{method}" for method in row["methods"])]
-            name = "_".join([data, row["model"], *(row["methods"] or ["baseline"])])
-            if k != 1:
-                command += ["--BYOT_from_k_block", str(k)]
-                name += f"_k{k}"
-            if blocks != 4:
-                command += ["--num_resnet_blocks", str(blocks)]
-                name += f"_blocks{blocks}"
-            command += ["--seed", seed]
-            if epochs != 300:  # a drop that falls within an epoch waits for the next; the two may coincide
-                drops = sorted({-(-epochs // 2), -(-3 * epochs // 4)})
-                command += ["--end_epoch", str(epochs), "--lr_decay_schedule", *map(str, drops)]
-                name += f"_ep{epochs}"
-            if os.environ.get("EXPERIMENTS"):
-                command += ["--experiments_dir", os.environ["EXPERIMENTS"]]
-            name += f"{suffix}_seed{seed}"
-            found[name] = [*command, *extra, "--run_name", name]
-    return found
+            options = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]] + extra
+            flags = ["--classifier_type", row["model"], *(f"--{method}" for method in row["methods"])]
+            flags += ["--seed", seed, *schedule, *options]
+            args = parse_args(flags)
+            suffix = ""
+            for words in " ".join(["", *options]).split(" --")[1:]:
+                flag, *values = re.split("[ =]", words)
+                suffix += "" if flag in unnamed else f"_{SHORT_NAMES.get(flag, flag)}{'-'.join(values)}"
+            name = default_run_name(args).replace("_seed", f"{suffix}_seed")
+            runs[name] = [python, "main.py", *flags, "--run_name", name]
+    return runs, args, torch.cuda.device_count(), torch.get_num_threads()
 
 
-def say(line: str) -> None:
-    """One line in one write, so that the lines of several runs do not tear; a closed pager stops no run."""
+def job_environment(job: int, jobs: int, gpus: int, threads: int) -> dict[str, str]:
+    """The environment of one of the concurrent runs: its number of CPU threads and, of several GPUs, one."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads // jobs)))
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job % gpus]
+    return environment
+
+
+def write_line(line: str) -> None:
+    """One write per line, so that concurrent runs' lines do not mix; a closed pager stops no run."""
     with contextlib.suppress(BrokenPipeError):
         os.write(1, f"{line}\n".encode())
 
 
-class Sweep:
-    """Runs commands, `jobs` at a time; a signal is passed on to the running ones and no other starts."""
+def is_finished(directory: Path) -> bool:
+    path = directory / "results.json"
+    return path.exists() and json.loads(path.read_text())["status"] == "finished"
 
-    def __init__(self, runs: dict[str, list[str]], jobs: int, again: bool):
-        self.runs, self.jobs, self.again = runs, jobs, again
-        self.experiments = ROOT / (os.environ.get("EXPERIMENTS") or "experiments")
-        self.running, self.failed, self.signal, self.lock = {}, {}, None, threading.RLock()
 
-    def top1(self, name: str) -> str | None:
-        """The last epoch's top-1 error if the run is finished, else None."""
-        try:
-            results = json.loads((self.experiments / name / "results.json").read_text())
-            return f"{results['last']['val']['top1_error']:.2f}" if results["status"] == "finished" else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+async def run_all(runs: dict[str, list[str]], experiments: Path, environments: list[dict], overwrite: bool) -> int:
+    """Run the commands, one at a time per environment; the exit status. Signals are passed on to the runs."""
+    pending, processes, failed, received = iter(runs), [], {}, []
+    options = {"cwd": ROOT, "start_new_session": True}  # a run receives Ctrl-C once, from stop()
+    if sys.platform == "linux":  # the runs receive SIGTERM when this process dies, even by kill -9
+        options["preexec_fn"] = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if len(environments) > 1:
+        options |= {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
 
-    def stop(self, number: int, frame) -> None:
-        self.signal = number
-        with self.lock:  # no run starts unseen between the mark and the signal
-            for process in self.running.values():
+    def stop(number: int) -> None:
+        received.append(number)
+        for process in processes:
+            if process.returncode is None:
                 process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-        say(f"stopping: waiting for {len(self.running)} run(s) to save")
 
-    def run(self, name: str) -> None:
-        if not self.again and (top1 := self.top1(name)):
-            return say(f"skip {name}: finished, top-1 error {top1}")
-        # A session of its own: Ctrl-C then reaches the run once, from stop(), and not from the terminal too.
-        options = {"cwd": ROOT, "start_new_session": True, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}}
-        if self.jobs > 1:
-            options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
-        try:
-            with self.lock:
-                if self.signal:
-                    return
-                say(f"start {name}")
-                process = self.running[name] = subprocess.Popen(self.runs[name], **options)
-        except OSError as error:
-            self.failed[name] = str(error)
-            return say(f"FAILED {name}: {error}")
-        for line in process.stdout or ():
-            say(f"{name}: {line.rstrip()}")
-        status = process.wait()
-        with self.lock:
-            del self.running[name]
-        if status == 0 and (top1 := self.top1(name)):
-            say(f"finished {name}: top-1 error {top1}")
-        elif not self.signal:
-            log = self.experiments / name / "experiment.log"
-            why = f"exit status {status}" + ("" if status else ", but results.json does not say finished")
-            self.failed[name] = f"{why}, " + (f"log {log}" if log.exists() else "no log")
-            say(f"FAILED {name}: {why}")
+    async def work(environment: dict[str, str]) -> None:
+        for name in pending:
+            if received:
+                return
+            if is_finished(experiments / name) and not overwrite:
+                write_line(f"skip {name}: finished")
+                continue
+            write_line(f"start {name}")
+            process = await asyncio.create_subprocess_exec(*runs[name], env=environment, **options)
+            processes.append(process)
+            while process.stdout and (line := await process.stdout.readline()):
+                write_line(f"{name}: {line.decode(errors='replace').rstrip()}")
+            status = await process.wait()
+            if status == 0 and is_finished(experiments / name):
+                write_line(f"finished {name}")
+            elif not received:
+                failed[name] = f"exit status {status}, see {experiments / name}"
+                write_line(f"FAILED {name}: exit status {status}")
 
-    def __call__(self) -> int:
-        """Run everything; the exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a hang-up stays ignored
-                signal.signal(number, self.stop)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.run, self.runs))
-        if self.failed:
-            say(f"failed: {len(self.failed)} of {len(self.runs)} runs")
-            for name, why in self.failed.items():
-                say(f"  {name}: {why}")
-        if self.signal:
-            without = " without --overwrite" if self.again else ""
-            say(f"interrupted: the same command{without} goes on from here")
-            return 128 + self.signal
-        return 1 if self.failed else 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP stays ignored
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    await asyncio.gather(*map(work, environments))
+    if failed:
+        write_line("\n  ".join([f"failed: {len(failed)} of {len(runs)} runs", *map(": ".join, failed.items())]))
+    if received:
+        write_line("interrupted: rerun the same command to resume" + ", without --overwrite" * overwrite)
+        return 128 + received[-1]
+    return 1 if failed else 0
 
 
 def main(argv: list[str]) -> int:
-    table, *words = argv
-    cut = words.index("--") if "--" in words else len(words)
-    words, extra = words[:cut], words[cut + 1 :]
-    if {"-h", "--help"} & set(words):
-        print(__doc__.partition("\n\n")[2].replace("tableT", f"table{table}"), end="")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="run_table.py", usage=argparse.SUPPRESS)
+    parser.format_help = lambda: __doc__
+    parser.add_argument("table", type=int, choices=(1, 2, 3, 4))
+    parser.add_argument("rows", nargs="*")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.environ.get("JOBS") or "1")
+    args, extra = parser.parse_intermixed_args(argv[:cut]), argv[cut + 1 :]
+    if args.jobs < 1:
+        parser.error(f"JOBS={args.jobs}: must be positive")
+    rows = select(table_rows(args.table), args.rows, parser.error)
+    if args.jobs > 1:
+        seconds = {(row["model"], *row["methods"]): row["seconds_per_epoch"] for row in table_rows(1)}
+        rows.sort(key=lambda row: -seconds[(row["model"], *row["methods"])])
+    with ProcessPoolExecutor(1) as pool:
+        runs, flags, gpus, threads = pool.submit(plan, rows, extra).result()
+    if args.dry_run:
+        print(*map(shlex.join, runs.values()), sep="\n")
         return 0
-    try:
-        if unknown := [word for word in words if word.startswith("-") and word != "--dry-run"]:
-            raise UsageError(f"{unknown[0]}: unknown; flags for main.py go after --, see --help")
-        rows = select(int(table), [word for word in words if word != "--dry-run"])
-        runs, jobs = commands(rows, extra), positive("JOBS", 1)
-    except UsageError as error:
-        print(f"table{table}.sh: error: {error}", file=sys.stderr)
-        return 2
-    if "--dry-run" in words:
-        for command in runs.values():
-            say(shlex.join(command))
-        return 0
-    return Sweep(runs, jobs, again="--overwrite" in extra)()
+    gpus = gpus if flags.device == "cuda" else 0  # with --device cuda:1, all runs use that GPU
+    environments = [job_environment(job, args.jobs, gpus, threads) for job in range(args.jobs)]
+    return asyncio.run(run_all(runs, ROOT / flags.experiments_dir, environments, flags.overwrite))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while flags are checked: no traceback
     sys.exit(main(sys.argv[1:]))

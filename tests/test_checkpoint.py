@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data.files import Split
+from utils.errors import UserError
 
 import data
 import main
-from data.files import Split
 from utils import checkpoint as module
 from utils.checkpoint import load_checkpoint, serialise, write_atomic
-from utils.errors import UserError
 from utils.run_directory import BEST, DAMAGED, LAST, NEW, PREVIOUS, RunDirectory
 
 sys.path.insert(0, str(Path(main.__file__).parent / "scripts"))

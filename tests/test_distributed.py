@@ -18,19 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data.files import Split
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from utils.errors import UserError
 
 import main
 from data import synthetic
-from data.files import Split
 from data.loader import Loader
 from loss import build_objective, trained_exits
 from models import build_model
 from utils import distributed
 from utils.engine import Meter, predict, train_one_epoch, train_step
-from utils.errors import UserError
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10

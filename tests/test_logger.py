@@ -1,30 +1,23 @@
-"""utils/logger.py and utils/figures.py: what stands in the event files, on the console and on the pictures."""
+"""utils/logger.py and utils/figures.py: event files, experiment.log, progress bar, results table, figures."""
 
 import io
+import shutil
 import sys
+import threading
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from data.files import Split
-from data.loader import Loader
-from utils import figures, logger
+from utils import figures
 from utils.logger import Logger, results_table
-from utils.metrics import reliability, risk_coverage_curve
+from utils.metrics import reliability
 
-NAMES = ["cat", "dog", "owl"]
-FLAGS = {
-    "PSKD": True,
-    "BYOT": False,
-    "lr": 0.1,
-    "lr_decay_schedule": [5, 7],
-    "limit_val": None,
-    "run_name": "a",
-    "seed": 3,
-}
+FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
+LABELS = torch.arange(6) % 3
+LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 
 
 def metrics(top1):
@@ -33,213 +26,139 @@ def metrics(top1):
 
 def record(epoch, top1):
     return {
-        "epoch": epoch, "lr": 0.1, "alpha_t": None, "seconds": 2.0 + epoch, "images_per_second": 100.0,
-        "train": {"loss": 1.5, "ce": 1.0, "byot": 0.5, "top1_error": 60.0}, "val": metrics(top1),
-        "exits": [None, metrics(top1 + 5)], "ensemble": metrics(top1 - 1),
+        "epoch": epoch, "lr": 0.1, "alpha_t": None, "seconds": 2.0, "seconds_validation": 0.5, "seconds_saving": 0.6,
+        "images_per_second": 99.0, "train": {"loss": 1.5, "ce": 1.0, "hint": 0.5, "top1_error": 60.0},
+        "val": metrics(top1), "exits": [None, metrics(top1 + 5)], "ensemble": metrics(top1 - 1),
     }  # fmt: skip
 
 
-def loader(n=6, **training):
+class FakeLoader:
     """Image i is of one colour, 10 i, and of class i mod 3."""
-    images = np.repeat(np.arange(n, dtype=np.uint8) * 10, 32 * 32 * 3).reshape(n, 32, 32, 3)
-    split = Split(images, np.arange(n) % 3)
-    return Loader(split, NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 32, torch.device("cpu"), **training)
+
+    batch_size, num_samples, epoch = 4, 6, 0
+    class_names = ("$_$", "n" * 5000, "犬")  # not mathtext, long, in a script that the font lacks
+
+    def __iter__(self):
+        for index in torch.arange(6).split(4):
+            yield self.pictures(index), LABELS[index], index
+
+    def pictures(self, index):
+        return (10 * index)[:, None, None, None].expand(-1, 3, 8, 8).byte()
+
+    denormalise = staticmethod(lambda images: images)
 
 
-def results(last, best):
-    return {"last": record(*last), "best": record(*best), "seconds_per_epoch": 2.5}
-
-
-def run(directory, history, resumed=0):
-    """Three epochs at most, the first `resumed` of them from a checkpoint's history; the events."""
-    directory.mkdir(exist_ok=True)
+def log_run(directory, history, num_resumed=0):
+    """Log a run of three epochs, the first `num_resumed` of which come from a checkpoint; return its events."""
     log = Logger(directory, 3)
-    for past in history[:resumed]:
-        log.epoch(past)
-    log.start(FLAGS, loader(augmentation="crop", batch_size=4))
-    for new in history[resumed:]:
-        log.epoch(new, 2.0)
-    logits = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])
-    log.finish(FLAGS, results((2, 20.0), (1, 18.0)), logits, torch.arange(6) % 3, loader())
+    for i, line in enumerate(history):
+        log.epoch(line, is_new=i >= num_resumed)
+    log.start(FLAGS, FakeLoader())
+    results = {"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": record(2, 25.0)}}
+    log.finish(FLAGS, results, LOGITS, LABELS, FakeLoader())
     log.close()
-    events = EventAccumulator(str(directory / "tensorboard"), {"scalars": 0, "images": 0})
-    events.Reload()
-    return events
+    return EventAccumulator(str(directory / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
 
 
-def test_every_number_of_a_record_is_a_scalar_once_a_step(tmp_path, capsys):
-    events = run(tmp_path / "run", [record(0, 30.0), record(1, 18.0), record(2, 20.0)], resumed=2)
-    six = list(metrics(0))
-    expected = {f"{group}/{name}" for group in ("val", "exits/2", "ensemble") for name in six}
-    expected |= {f"train/{name}" for name in ("loss", "ce", "byot", "top1_error")} | {"val/best_top1_error"}
-    expected |= {f"run/{name}" for name in ("lr", "images_per_second", "seconds", "median_seconds")}
-    assert set(events.Tags()["scalars"]) == expected
-    for tag in expected:
-        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2]
-    assert [event.value for event in events.Scalars("val/top1_error")] == [30, 18, 20]
-    assert [event.value for event in events.Scalars("val/best_top1_error")] == [30, 18, 18]
-    assert [event.value for event in events.Scalars("exits/2/top1_error")] == [35, 23, 25]
-    assert [event.value for event in events.Scalars("run/median_seconds")] == [2, 2.5, 3]
-    out = capsys.readouterr().out
-    assert "epoch 3/3" in out and "epoch 2/3" not in out  # the past is not told again
-    assert (tmp_path / "run" / "experiment.log").read_text() == out
-
-
-def test_pictures_and_hparams_are_in_the_run_itself(tmp_path):
-    events = run(tmp_path / "run", [record(0, 30.0)])
-    pictures = ("training_images", "reliability", "risk_coverage", "most_confident_mistakes")
-    assert set(events.Tags()["images"]) == {f"figures/{name}" for name in pictures}
-    for name in pictures:
-        (event,) = events.Images(f"figures/{name}")
-        assert event.width > 300 and event.encoded_image_string.startswith(b"\x89PNG")
-    assert [path.is_file() for path in (tmp_path / "run" / "tensorboard").iterdir()] == [True]
-
-    parts = events.PluginTagToContent("hparams")
-    experiment, start, end = (
-        HParamsPluginData.FromString(parts[f"_hparams_/{name}"])
-        for name in ("experiment", "session_start_info", "session_end_info")
+@pytest.mark.filterwarnings("error:Glyph")
+def test_event_file_equals_the_records_also_of_an_older_run(tmp_path, capsys):
+    history = [record(0, 30.0), record(1, 18.0), record(2, 20.0)]
+    del history[0]["seconds_saving"], history[0]["val"]["eaurc"]
+    events = log_run(tmp_path, history, num_resumed=1)
+    expected = {f"test/{name}": [(2, pytest.approx(value))] for name, value in metrics(25.0).items()}
+    for line in history:
+        groups = {"run": line, "exits/2": line["exits"][1]} | {
+            name: line[name] for name in ("train", "val", "ensemble")
+        }
+        for tag, value in [(f"{group}/{name}", v) for group, values in groups.items() for name, v in values.items()]:
+            if isinstance(value, (int, float)):
+                expected.setdefault(tag, []).append((line["epoch"], pytest.approx(value)))
+    assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == expected
+    assert {f"figures/{name}" for name in ("training_images", "predictions", "mistakes")} == set(
+        events.Tags()["images"]
     )
-    flags = {key: value.string_value or value.number_value for key, value in start.session_start_info.hparams.items()}
-    shown = {"PSKD": "on", "BYOT": "off", "lr": 0.1, "lr_decay_schedule": "5 7", "limit_val": "none", "seed": 3}
-    assert flags == shown  # without run_name, which says where, not what
-    columns = experiment.experiment
-    assert {info.name for info in columns.hparam_infos} == set(shown)
-    assert {info.name for info in columns.hparam_infos if info.differs} == {"PSKD", "BYOT", "seed"}
-    scores = {info.name.tag for info in columns.metric_infos}
-    assert {f"val/{name}" for name in metrics(0)} | {"val/best_top1_error", "run/median_seconds"} <= scores
-    assert end.session_end_info.status == 1  # success
+    out = capsys.readouterr().out
+    assert (tmp_path / "experiment.log").read_text() == out
+    assert [f"epoch {t}/3" in out for t in (1, 2, 3)] == [False, True, True] and "0:00:03 left" in out
+    start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    flags = HParamsPluginData.FromString(start).session_start_info.hparams
+    shown = {name: value.string_value or value.number_value for name, value in flags.items()}
+    assert shown == {"lr": 0.1, "a_method": "True", "lr_decay_schedule": "[5, 7]", "limit_val": "None"}
 
 
-def test_a_running_run_has_flags_and_no_end(tmp_path):
+def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not log_run(tmp_path, []).Tags()["images"]
+    assert capsys.readouterr().out.count("scripts/requirements.txt") == 1
+
+
+def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path, monkeypatch):
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     log = Logger(tmp_path, 3)
-    log.start(FLAGS, loader(augmentation="crop", batch_size=4))
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.PluginTagToContent("hparams")) == {"_hparams_/experiment", "_hparams_/session_start_info"}
+    shutil.rmtree(tmp_path / "tensorboard")
+    thread = threading.Thread(target=(tmp_path / "tensorboard" / "x").touch)  # as TensorBoard's own, which is slower
+    thread.start()
+    thread.join()
+    with pytest.raises(OSError) as error:
+        log.epoch(record(0, 30.0))
+    assert error.value.filename == str(tmp_path / "tensorboard") and not tracebacks
 
 
-def test_sheets_show_the_right_images_under_the_right_names(tmp_path, monkeypatch):
-    sheets = []
-    monkeypatch.setattr(figures, "sheet", lambda *args: sheets.append(args) or np.zeros((9, 9, 3), np.uint8))
-    run(tmp_path, [record(0, 30.0)])
-    (images, captions, title), (mistaken, reasons, _) = sheets
+def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
+    def write(text):
+        raise BrokenPipeError
 
-    plan = loader(augmentation="crop", batch_size=6)
-    _, labels, index = next(iter(plan))
-    assert captions == [[NAMES[label]] for label in labels]
-    assert images.max(axis=(1, 2, 3)).tolist() == (10 * index).tolist()  # crops of one colour on black
-    assert "first 6" in title and "epoch 1" in title
-
-    # Rows 1 and 3 are wrong, and 1, by a logit of 4 against one of 3, is the surer.
-    assert [caption[:2] for caption in reasons] == [("dog", "cat"), ("cat", "dog")]
-    assert reasons[0][2] == f"{100 * torch.tensor([4.0, 0, 0]).softmax(0)[0]:.1f} % sure"
-    assert (mistaken == np.array([10, 30], np.uint8)[:, None, None, None]).all()
+    monkeypatch.setattr(sys.stdout, "write", write)
+    Logger(tmp_path, 3).say("text")
+    assert (tmp_path / "experiment.log").read_text() == "text\n"
 
 
-def test_without_a_mistake_there_is_no_sheet_of_them():
-    labels = torch.arange(6) % 3
-    assert set(logger.pictures(10 * torch.eye(3)[labels], labels, loader())) == {"reliability", "risk_coverage"}
-
-
-def test_silent_on_other_ranks(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    log = Logger(None, 3)
-    log.say("a")
-    log.start(FLAGS, None)
-    log.epoch(record(0, 30.0), 2.0)
-    log.finish(FLAGS, results((0, 3.0), (0, 3.0)), None, None, None)
-    assert list(log.bar(0)([1, 2], None)) == [1, 2]
-    log.close()
-    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("stream, drawn", [(Terminal(), True), (io.StringIO(), False)])
-def test_the_bar_is_for_terminals(tmp_path, monkeypatch, stream, drawn):
-    log = Logger(tmp_path, 3)
+@pytest.mark.parametrize(("directory", "terminal"), [("run", True), ("run", False), (None, True)])
+def test_bar_on_the_main_process_terminal_only(tmp_path, monkeypatch, directory, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
-    batches = loader(augmentation="crop", batch_size=4)
-    assert len(list(log.bar(0)(batches, None))) == 2
-    assert ("epoch 1/3" in stream.getvalue()) == drawn
-    assert not stream.getvalue().rpartition("\r")[2].strip()  # and it is wiped away for the epoch's line
+    monkeypatch.setattr("tqdm.std.time", iter(range(0, 1000, 2)).__next__)  # every look at the clock is 2 s later
+    log = Logger(directory and tmp_path, 3)
+    meter = SimpleNamespace(own_means=lambda num_images: {"loss": 1.25, "top1_error": float(num_images)})
+    assert len(list(log.bar(0)(FakeLoader(), meter))) == 2
+    assert ("top-1 err 4.0 %" in stream.getvalue()) == bool(stream.getvalue()) == bool(directory and terminal)
 
 
-def test_a_line_is_one_write(tmp_path, monkeypatch):
-    log = Logger(tmp_path, 3)
-    written = []
-    monkeypatch.setattr(sys.stdout, "write", written.append)
-    log.say("epoch 1/3")
-    assert written == ["epoch 1/3\n"]
-
-
-def test_end_table():
-    lines = results_table(results((2, 20.0), (1, 18.0)) | {"test": {"last": record(2, 25.0), "best": record(1, 24.0)}})
-    titles = [line for line in lines if not line.startswith(" ")]
-    assert titles == [
-        "last epoch (3)", "last epoch on the test split", "best epoch (2)", "best epoch on the test split",
-    ]  # fmt: skip
-    assert lines[0].split() == ["top-1", "err", "top-5", "err", "NLL", "ECE", "AURC", "E-AURC"]
-    start = lines.index("last epoch (3)")
-    assert lines[start + 1] == "  exit 1: no loss trains this classifier"
-    rows = [line.split() for line in lines[start + 2 : start + 5]]
-    assert rows == [
-        ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"],
-        ["final", "20.00", "4.00", "0.5000", "3.00", "50.00", "20.00"],
-        ["ensemble", "19.00", "4.00", "0.5000", "3.00", "50.00", "20.00"],
+def test_image_sheets_pair_images_and_names():
+    ((_, training),) = figures.training_images(FakeLoader())
+    _, (_, mistakes) = figures.predictions(LOGITS, LABELS, FakeLoader())
+    shown = [
+        [(a.images[0].get_array()[0, 0, 0], *a.get_title().split("\n")) for a in f.axes] for f in (training, mistakes)
     ]
-    assert len({len(line) for line in lines if line.startswith("  ") and ":" not in line}) == 1  # columns are flush
+    names = [name[:24] for name in FakeLoader.class_names]
+    assert shown[0] == [(10 * i, names[i % 3]) for i in range(4)]
+    # The most confident first: row 1 with a logit of 4, then row 3 with 3.
+    assert [row[:3] for row in shown[1]] == [(10, names[1], names[0]), (30, names[0], names[1])]
+    assert shown[1][0][3] == f"{100 * LOGITS[1].softmax(dim=0)[0]:.1f} %"
 
 
-def test_end_table_says_once_that_the_last_epoch_is_the_best():
-    assert "last epoch, also the best (3)" in results_table(results((2, 18.0), (2, 18.0)))
-    assert sum("final" in line for line in results_table(results((2, 18.0), (2, 18.0)))) == 1
-    assert "last epoch (3)" in results_table({"last": record(2, 18.0)})
+def test_reliability_diagram_shows_accuracy_and_gap():
+    confidence, wrong = torch.tensor([[0.95, 0.95, 0.55, 0.55], [1, 0, 0, 0]], dtype=torch.float64)
+    with figures.drawing() as Figure:
+        axis = Figure().subplots()
+        figures.reliability_diagram(axis, torch.stack(reliability(confidence, wrong)).numpy())
+    accuracy, gap = ([bar.get_height() for bar in bars] for bars in axis.containers)
+    assert accuracy == pytest.approx([0] * 5 + [100] + [0] * 3 + [50])
+    assert gap == pytest.approx([0] * 5 + [-45] + [0] * 3 + [45])
 
 
-def colour(pixels, name):
-    """(H, W) bool: where a picture has exactly this colour."""
-    return (pixels == [int(name[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2)
-
-
-def test_reliability_bars_are_as_high_as_the_accuracy():
-    confidence = torch.tensor([0.95] * 4, dtype=torch.float64)
-    heights = {}
-    for errors in (0, 2):
-        wrong = torch.tensor([1.0] * errors + [0.0] * (4 - errors), dtype=torch.float64)
-        picture = figures.reliability_diagram(*(part.numpy() for part in reliability(confidence, wrong)))
-        assert picture.dtype == np.uint8 and picture.shape == (figures.HEIGHT, figures.WIDTH, 3)
-        blue = colour(picture, figures.BLUE)[60:]  # below the legend
-        assert not blue[:, :480].any()  # the last bin only
-        heights[errors] = blue.any(axis=1).sum()
-    # The gap's thin line and the line of mean confidence hide a little.
-    assert heights[2] == pytest.approx(heights[0] / 2, abs=8)
-
-
-def test_risk_coverage_line_is_where_the_error_is():
-    wrong = torch.tensor([1.0] * 50 + [0.0] * 50, dtype=torch.float64)  # the surer half is wrong, all of it
-    curve = risk_coverage_curve(torch.linspace(1, 0, 100, dtype=torch.float64), wrong).numpy()
-    picture = figures.risk_coverage(curve, risk_coverage_curve(-wrong, wrong).numpy())
-    rows = np.flatnonzero(colour(picture, figures.BLUE)[60:].sum(axis=1) > 200) + 60
-    top, bottom = 65, figures.HEIGHT - 55  # of the frame, whose scale ends 1.1 times above the largest error
-    assert rows.mean() == pytest.approx(bottom - (bottom - top) / 1.1, abs=2)
-
-
-def test_a_sheet_keeps_the_pixels_and_cuts_long_names():
-    images = np.zeros((9, 3, 32, 32), np.uint8)
-    images[:, 0] = 200  # red
-    before = images.copy()
-    picture = figures.sheet(images, [("a" * 100, "b")] * 9, "title")
-    assert colour(picture, "#c80000").sum() == 9 * 96 * 96
-    assert picture.shape[1] == 8 * 104 + 8 and (images == before).all()
-    assert (figures.sheet(images[:1], [("a",)], "t") != picture[:1, :1]).any()  # one image is a sheet too
-
-
-def test_ticks_are_round_and_few():
-    assert figures.ticks(100, 6) == [0, 20, 40, 60, 80, 100]
-    assert figures.ticks(23.1, 6) == [0, 5, 10, 15, 20]
-    assert figures.ticks(0.3, 6) == [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+def test_results_table():
+    early_exit = {"backbone_multiply_adds": 200, "chosen": {"threshold": 0.7, "accuracy": 75.5, "multiply_adds": 130}}
+    calibrated = {"val": {"ece": 1.25, "nll": 0.4}, "exits": [None, {"ece": 1.5, "nll": 1.0}]}
+    test = record(2, 25.0) | {"calibrated": calibrated, "early_exit": early_exit}
+    lines = results_table({"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": test}})
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["last", "last", "last", "best"]
+    rows = [line.split() for line in lines]
+    assert rows[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
+    assert [row[:2] for row in rows[4:6]] == [["final", "20.00"], ["ensemble", "19.00"]]
+    assert rows[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
+    assert all(number in lines[13] for number in ("0.70", "24.50 %", " 65 %"))  # threshold, error, multiply-adds
+    same = {"last": record(2, 18.0), "best": record(2, 18.0)}
+    assert sum("final" in line for line in results_table(same)) == 1

@@ -1,183 +1,146 @@
-"""Small pictures for TensorBoard, drawn with Pillow: arrays in, (H, W, 3) uint8 out; nothing else happens."""
+"""Figures drawn with matplotlib, shared by TensorBoard (utils/logger.py) and scripts/plot.py."""
 
-from collections.abc import Sequence
+import contextlib
+import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from torch import Tensor
 
-from utils.runtime import UserError
+from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
 
-INK, FAINT = "#222222", "#dddddd"
-BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#a83c00"  # Okabe and Ito's, told apart by the colour-blind; red darkened
-SMOOTH = 3  # drawn this many times larger and reduced, so that lines have no steps
-WIDTH, HEIGHT = 560, 460  # pixels of a plot
-MAX_POINTS = 1000  # of a line; more than there are columns of pixels cannot be seen
-
-
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Raises UserError with a Pillow that torchvision takes and that has no font of any size."""
-    try:
-        return ImageFont.load_default(SMOOTH * size)
-    except TypeError:
-        raise UserError("Pillow is older than 10.1: pip install --upgrade pillow") from None
+# Okabe and Ito's colours, distinguishable by the colour-blind; grey replaces their yellow, too pale on paper.
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#777777")
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
+    "figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42,  # TrueType, for publishers
+}  # fmt: skip
 
 
-class _Plot:
-    """An empty plot from 0 to x_max and from 0 to y_max (both in percent), in the box left, top, right, bottom."""
+@contextlib.contextmanager
+def drawing():
+    """A context for making and saving figures, in one style whatever the user's settings; yields the class Figure."""
+    import matplotlib.style
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure in memory
 
-    def __init__(self, title: str, width: int = WIDTH, height: int = HEIGHT):
-        self.image = Image.new("RGB", (SMOOTH * width, SMOOTH * height), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.text(width / 2, 20, title, size=16, anchor="mm")
-
-    def axes(self, box: tuple[int, int, int, int], x_max: float, y_max: float, x_label: str, y_label: str) -> None:
-        """Start a frame with ticks and labels; what is drawn next is in its coordinates."""
-        self.box, self.x_max, self.y_max = box, x_max, y_max
-        left, top, right, bottom = box
-        for value in ticks(x_max, 6):
-            x, _ = self.at(value, 0)
-            self.line([(x, top), (x, bottom)], FAINT)
-            if x_label:
-                self.text(x, bottom + 6, f"{value:g}", anchor="ma")
-        for value in ticks(y_max, max(2, (bottom - top) // 40)):
-            _, y = self.at(0, value)
-            self.line([(left, y), (right, y)], FAINT)
-            self.text(left - 7, y, f"{value:g}", anchor="rm")
-        self.text((left + right) / 2, bottom + 26, x_label, anchor="ma")
-        self.text(20, (top + bottom) / 2, y_label, anchor="mm", upright=True)
-
-    def frame(self) -> None:
-        """The border, last, so that nothing lies over it."""
-        self.draw.rectangle([SMOOTH * edge for edge in self.box], outline=INK, width=SMOOTH)
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point; what is beyond the frame is moved to its border."""
-        left, top, right, bottom = self.box
-        across, up = min(max(x / self.x_max, 0), 1), min(max(y / self.y_max, 0), 1)
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-    def line(self, pixels: list[tuple[float, float]], colour: str, width: int = 1, dash: int = 0) -> None:
-        """A line through `pixels`; with `dash`, strokes and gaps of that length."""
-        pixels = SMOOTH * np.asarray(pixels, dtype=float)
-        if not dash:
-            self.draw.line([tuple(p) for p in pixels], fill=colour, width=SMOOTH * width, joint="curve")
-            return
-        length = np.concatenate([[0], np.linalg.norm(np.diff(pixels, axis=0), axis=1).cumsum()])
-        for start in np.arange(0, length[-1], 2 * SMOOTH * dash):
-            stop = min(start + SMOOTH * dash, length[-1])
-            places = [start, *length[(length > start) & (length < stop)], stop]
-            stroke = [tuple(np.interp(p, length, axis) for axis in pixels.T) for p in places]
-            self.draw.line(stroke, fill=colour, width=SMOOTH * width, joint="curve")
-
-    def bar(self, left: float, right: float, low: float, high: float, colour: str | None, outline: str) -> None:
-        (x0, y0), (x1, y1) = self.at(left, high), self.at(right, low)
-        box = [SMOOTH * edge for edge in (x0, y0, x1, y1)]
-        self.draw.rectangle(box, fill=colour, outline=outline, width=SMOOTH)
-
-    def text(self, x: float, y: float, text: str, size=13, anchor="lm", colour=INK, upright=False) -> None:
-        """`anchor` is Pillow's; `upright` text reads from bottom to top and is centred."""
-        font = load_font(size)
-        if not upright:
-            self.draw.text((SMOOTH * x, SMOOTH * y), text, fill=colour, font=font, anchor=anchor)
-            return
-        left, top, right, bottom = font.getbbox(text)
-        words = Image.new("RGB", (int(right - left) + 2, int(bottom - top) + 2), "white")
-        ImageDraw.Draw(words).text((1 - left, 1 - top), text, fill=colour, font=font)
-        words = words.rotate(90, expand=True)
-        self.image.paste(words, (int(SMOOTH * x - words.width / 2), int(SMOOTH * y - words.height / 2)))
-
-    def legend(self, entries: list[tuple[str, str, int, int]]) -> None:
-        """A row of (text, colour, width, dash) between title and frame, where it covers nothing."""
-        x = 75
-        for text, colour, width, dash in entries:
-            self.line([(x, 47), (x + 26, 47)], colour, width, dash)
-            self.text(x + 34, 47, text)
-            x += 60 + load_font(13).getlength(text) / SMOOTH
-
-    def pixels(self) -> np.ndarray:
-        return np.asarray(self.image.reduce(SMOOTH))
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # class names in a script that the font lacks
+        yield Figure
 
 
-def ticks(top: float, most: int) -> list[float]:
-    """At most `most` + 1 round values, evenly spaced, from 0 to `top`."""
-    step = next(m * 10.0**e for e in range(-4, 9) for m in (1, 2, 5) if m * 10.0**e * most >= top)
-    return [round(i * step, 6) for i in range(int(top / step + 1e-9) + 1)]
+def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over the first axis, the runs; for a single run, 0."""
+    return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
 
 
-def reliability_diagram(samples: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Accuracy in each of B bins of confidence, its gap to the mean confidence, and the share of images.
+def mean_band(axis, x, curves: np.ndarray, **line) -> None:
+    """The mean of curves (n, len(x)) in a band of one standard deviation, any marker at its end only."""
+    mean, sd = mean_sd(curves)
+    axis.plot(x, mean, markevery=[-1], **line)
+    axis.fill_between(x, mean - sd, mean + sd, color=line["color"], alpha=0.18, linewidth=0)
 
-    Args:
-        samples, confidence, right: (B,) sums over each bin, as `utils.metrics.reliability` gives them: images,
-            their confidences, and right answers.
+
+def reliability_diagram(axis, sums: np.ndarray) -> None:
+    """Per bin of confidence: accuracy, its gap to the mean confidence, and the share of images.
+
+    sums: (3, bins), samples, confidence and correct predictions, as `utils.metrics.reliability` returns them.
     """
-    bins, total = len(samples), samples.sum()
-    ece = 100 * np.abs(right - confidence).sum() / total
-    plot = _Plot(f"Reliability: ECE {ece:.2f} %, {bins} bins, {total:.0f} images")
-    plot.legend([("accuracy", BLUE, 9, 0), ("mean confidence", ORANGE, 3, 0), ("perfect calibration", INK, 1, 5)])
-    plot.axes((75, 65, WIDTH - 25, 310), 100, 100, "", "accuracy (%)")
-    for i in np.flatnonzero(samples):
-        left, end = 100 * i / bins, 100 * (i + 1) / bins
-        accuracy, sure = 100 * right[i] / samples[i], 100 * confidence[i] / samples[i]
-        plot.bar(left, end, 0, accuracy, BLUE, "white")
-        plot.bar(left + 15 / bins, end - 15 / bins, min(accuracy, sure), max(accuracy, sure), None, ORANGE)
-        plot.line([plot.at(left, sure), plot.at(end, sure)], ORANGE, width=3)
-    plot.line([plot.at(0, 0), plot.at(100, 100)], INK, dash=5)
-    plot.frame()
-    share = 100 * samples / total
-    plot.axes((75, 328, WIDTH - 25, HEIGHT - 50), 100, max(share.max(), 1) * 1.05, "confidence (%)", "images (%)")
-    for i in np.flatnonzero(samples):
-        plot.bar(100 * i / bins, 100 * (i + 1) / bins, 0, share[i], "#999999", "white")
-    plot.frame()
-    return plot.pixels()
+    samples, confidence, correct = sums
+    left = 100 * np.arange(len(samples)) / len(samples)
+    accuracy, mean_confidence = 100 * correct / samples.clip(1), 100 * confidence / samples.clip(1)
+    bars = {"width": left[1], "align": "edge", "edgecolor": "black", "linewidth": 0.5}
+    axis.bar(left, accuracy, color=COLOURS[5], label="accuracy", **bars)
+    hatched = {**bars, "facecolor": "none", "edgecolor": COLOURS[4], "hatch": "/////"}
+    axis.bar(left, mean_confidence - accuracy, bottom=accuracy, label="gap to the mean confidence", **hatched)
+    axis.plot([0, 100], [0, 100], "k--", linewidth=0.8, label="perfect calibration")
+    axis.plot(left + left[1] / 2, 100 * samples / samples.sum(), "k.-", linewidth=1, label="share of images")
+    axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy and share of images (%)")
 
 
-def risk_coverage(curve: np.ndarray, perfect: np.ndarray) -> np.ndarray:
-    """Error among the most confident images against the share of images that they are.
+def risk_coverage(axis, curves: np.ndarray, **line) -> None:
+    """Error among the most confident images, mean of curves (n, M) of `utils.metrics.risk_coverage_curve`."""
+    num_images = curves.shape[1]
+    shown = np.unique(np.linspace(num_images // 100, num_images - 1, 400).astype(int))  # below 1 % it is noise
+    mean_band(axis, 100 * (shown + 1) / num_images, 100 * curves[:, shown], **line)
+    axis.set(xlim=(0, 100), xlabel="coverage (%), most confident images first", ylabel="error among them (%)")
 
-    Args:
-        curve: (M,), as `utils.metrics.risk_coverage_curve` gives it; its mean, times 1000, is AURC.
-        perfect: (M,), the same of an ordering that has every mistake last; AURC less its mean is E-AURC.
+
+def accuracies(records: list[dict]) -> np.ndarray:
+    """Top-1 accuracy in %, (len(records), B + 1): exits, final classifier, ensemble; NaN where there is none."""
+    classifiers = [[*record["exits"], record["val"], record["ensemble"]] for record in records]
+    return np.array([[100 - metrics["top1_error"] if metrics else np.nan for metrics in row] for row in classifiers])
+
+
+def early_exit(axis, tests: list[dict], **line) -> None:
+    """Accuracy against multiply-adds: the early-exit curve, each exit alone, the final classifier, the ensemble.
+
+    tests: entries of results.json's `test` block, of runs that differ in the seed; their means are drawn.
     """
-    aurc, least, error = 1000 * curve.mean(), 1000 * perfect.mean(), 100 * curve[-1]
-    plot = _Plot(f"Risk-coverage: AURC {aurc:.2f}, E-AURC {aurc - least:.2f} (x 1000)")
-    # The error among a handful of images jumps; the scale is set by the rest.
-    top = 1.1 * max(error, 100 * curve[len(curve) // 20 :].max(), 0.1)
-    plot.legend([("by confidence", BLUE, 3, 0), ("perfect order", ORANGE, 2, 7), ("random order", INK, 1, 3)])
-    box = (75, 65, WIDTH - 25, HEIGHT - 55)
-    plot.axes(box, 100, top, "coverage: share of images, most confident first (%)", "error among them (%)")
-    which = np.unique(np.linspace(0, len(curve) - 1, MAX_POINTS).astype(int))
-    for values, colour, width, dash in ((perfect, ORANGE, 2, 7), (curve, BLUE, 3, 0)):
-        plot.line([plot.at(100 * (k + 1) / len(curve), 100 * values[k]) for k in which], colour, width, dash)
-    plot.line([plot.at(0, error), plot.at(100, error)], INK, dash=3)
-    plot.frame()
-    return plot.pixels()
+    backbone = tests[0]["early_exit"]["backbone_multiply_adds"]
+    curves = [sorted((p["multiply_adds"], p["accuracy"]) for p in test["early_exit"]["curve"]) for test in tests]
+    cost = np.unique([multiply_adds for curve in curves for multiply_adds, _ in curve])
+    accuracy = np.stack([np.interp(cost, *zip(*curve, strict=True)) for curve in curves])
+    mean_band(axis, 100 * cost / backbone, accuracy, **line)
+
+    *exits, full = tests[0]["early_exit"]["multiply_adds"]
+    cost = 100 * np.array([*exits, backbone, full]) / backbone
+    accuracy = accuracies(tests).mean(axis=0)
+    for marker, which in (("o", slice(-2)), ("s", -2), ("D", -1)):
+        axis.plot(cost[which], accuracy[which], marker, color=line["color"], markerfacecolor="white")
+    markers = "without early exit: ○ exits, □ final classifier, ◇ ensemble"
+    axis.set(xlabel=f"multiply-adds per image (% of the backbone)\n{markers}", ylabel="top-1 accuracy (%)")
 
 
-def sheet(images: np.ndarray, captions: Sequence[Sequence[str]], title: str, columns: int = 8) -> np.ndarray:
-    """Images in rows, lines of text under each: the first dark, those after it red.
+def legend(figure) -> None:
+    """One for all axes, below them, with an entry per label."""
+    entries = {}
+    for axis in figure.axes:
+        entries |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.06 * max(map(len, entries)))))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
-    Args:
-        images: (n, 3, S, S) uint8, n at least 1; small ones are enlarged by a whole number, pixels kept square.
-        captions: n captions of equally many lines; a line that is too long for its image is cut.
-    """
-    size = images.shape[-1] * max(1, round(96 / images.shape[-1]))
-    columns = min(columns, len(images))
-    cell, line = size + 8, 15
-    row = cell + line * len(captions[0]) + 4
-    width = max(columns * cell + 8, 520)
-    plot = _Plot(title, width, 40 + -(-len(images) // columns) * row)
-    font = load_font(12)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = 8 + i % columns * cell, 40 + i // columns * row
-        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        plot.image.paste(
-            picture.resize((SMOOTH * size, SMOOTH * size), Image.Resampling.NEAREST), (SMOOTH * x, SMOOTH * y)
+
+def image_sheet(figure, images: Tensor, captions: list[list[str]], title: str) -> None:
+    """Images (n, 3, S, S) uint8, eight to a row, each under the first 24 characters of its lines of caption."""
+    rows = -(-len(images) // 8)
+    figure.set_size_inches(9, (1.15 + 0.1 * len(captions[0])) * rows + 0.3)
+    figure.suptitle(title)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
+        axis = figure.add_subplot(rows, 8, i)
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.axis("off")
+        axis.set_title("\n".join(f"{line:.24}" for line in caption), fontsize=6, parse_math=False)
+
+
+def training_images(loader, limit: int = 64):
+    """Yield (name, figure): the first images of the loader's current epoch, augmented, with their classes."""
+    images, labels, _ = next(iter(loader))
+    captions = [[loader.class_names[label]] for label in labels[:limit].tolist()]
+    with drawing() as Figure:
+        figure = Figure()
+        image_sheet(
+            figure, loader.denormalise(images[:limit]), captions, f"Training images of epoch {loader.epoch + 1}"
         )
-        for j, text in enumerate(caption):
-            short = text
-            while font.getlength(short) > SMOOTH * size:
-                text = text[:-1]
-                short = text + "…"
-            plot.text(x, y + size + 10 + j * line, short, size=12, colour=RED if j else INK)
-    return plot.pixels()
+        yield "training_images", figure
+
+
+def predictions(logits: Tensor, labels: Tensor, loader, limit: int = 32):
+    """Yield (name, figure): curves of predictions (M, K) with labels (M,), and the loader's images of mistakes."""
+    confidence, wrong = confidence_and_wrong(logits, labels)
+    with drawing() as Figure:
+        figure = Figure(figsize=(9, 4.5))
+        left, right = figure.subplots(1, 2)
+        reliability_diagram(left, torch.stack(reliability(confidence, wrong)).numpy())
+        risk_coverage(right, risk_coverage_curve(confidence, wrong)[None].numpy(), color=COLOURS[1])
+        legend(figure)
+        yield "predictions", figure
+
+        mistakes = wrong.nonzero()[:, 0]
+        mistakes = mistakes[confidence[mistakes].argsort(descending=True)][:limit]
+        if len(mistakes):
+            true, predicted = labels[mistakes].tolist(), logits[mistakes].argmax(dim=1).tolist()
+            rows = zip(true, predicted, confidence[mistakes].tolist(), strict=True)
+            captions = [[loader.class_names[a], loader.class_names[b], f"{100 * p:.1f} %"] for a, b, p in rows]
+            figure, title = Figure(), "Most confident mistakes: true class, predicted class and its probability"
+            image_sheet(figure, loader.pictures(mistakes), captions, title)
+            yield "mistakes", figure
