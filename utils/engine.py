@@ -74,7 +74,7 @@ class TrainStep:
         model: the network, in training mode, as it is or wrapped by DistributedDataParallel.
         objective: `objective(outputs, labels, index, batch_size) -> (loss, parts)`.
         precision: `--precision`, under which the network computes.
-        compile: run forward and loss through torch.compile for batches of the first one's shape. Others, such as the
+        compile: run forward and loss through torch.compile for batches of the first one's size. Others, such as the
             last of an epoch, run uncompiled: they are too rare to pay for a second compilation.
     """
 
@@ -83,7 +83,7 @@ class TrainStep:
         self.device, self.precision = device, precision
         self.meter = Meter(device)
         self.compiled = torch.compile(self.forward, dynamic=False) if compile else None
-        self.compiled_shape = None
+        self.compiled_size = None
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
         with autocast(self.precision, self.device):
@@ -95,8 +95,9 @@ class TrainStep:
         """images (N, 3, S, S), labels (N,), index (N,); batch_size: images in this step over all processes."""
         forward = self.forward
         if self.compiled is not None:
-            self.compiled_shape = self.compiled_shape or images.shape
-            if images.shape == self.compiled_shape:
+            size = images.shape, batch_size  # with several processes, equal shards can be of unequal batches
+            self.compiled_size = self.compiled_size or size
+            if size == self.compiled_size:
                 forward = self.compiled
         loss, parts, logits = forward(images, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
