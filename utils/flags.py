@@ -7,6 +7,7 @@ assembles them.
 import argparse
 import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -25,6 +26,12 @@ RUNTIME_FLAGS = frozenset(
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose error is one line, from one process per machine."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # read as an empty list: python/cpython#109475
+                self.error(f"argument {word[:-3]}: '--' is not a value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
