@@ -266,19 +266,11 @@ def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device)
     checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
     if note and distributed.is_main():
         print(note)
-    saved = checkpoint["args"]
-    may_differ = flags.RUNTIME_FLAGS | {"precision"}
-    if contradictions := [n for n in sorted(given - may_differ) if getattr(args, n) != saved.get(n)]:
-        name = contradictions[0]
-        raise UserError(f"--{name} {getattr(args, name)} contradicts {path}, trained with {saved.get(name)}")
-    known = vars(build_parser().parse_args([])).keys()
-    values = {n: v for n, v in saved.items() if n in known and n not in flags.RUNTIME_FLAGS - {"data_path"}}
-    values |= {n: getattr(args, n) for n in (given & may_differ) | {"device", "val_only", "resume", "experiments_dir"}}
 
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    own = parse_args(flags.to_argv(values), fail)
+    own = parse_args(flags.evaluation_argv(checkpoint["args"], vars(args), given, path), fail)
     set_up_torch(own.seed, device, own.precision)
     loader = build_loaders(own, device, split="val")
     model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
