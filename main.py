@@ -235,13 +235,13 @@ def evaluate_runs(args, given: set[str], device: torch.device) -> None:
         UserError: a run could not be evaluated (after all others were).
     """
     path = Path(args.resume)
-    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(path.rglob(LAST)))
+    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(f.parent for f in path.rglob(LAST)))
     found, failed = {}, []
-    for file in runs or [path]:
+    for run in runs or [path]:
         try:
-            found[str(file.parent if runs else file)] = evaluate_checkpoint(file, args, given, device)
+            found[str(run)] = evaluate_checkpoint(run, args, given, device)
         except (UserError, OSError, MemoryError, RuntimeError) as e:
-            failed.append(describe_error(e, args) or f"{file}: {first_line(e)}")
+            failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
     if found and distributed.is_main():
         for name, record in found.items():
             print(name, *results_table({"last": record}), sep="\n")
