@@ -195,6 +195,7 @@ def not_finite(what: str, epoch: int, args) -> UserError:
 
 def save_predictions(run: RunDirectory, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """predictions.npz: `logits` (M, K), `exit_logits` (B-1, M, K) where there are exits, `labels` (M,)."""
+    run.check_lock()
     exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
     write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
 

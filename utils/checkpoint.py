@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
         raise UserError(
             f"{path} cannot be written ({e.strerror}); its earlier content is intact: {remedy}, then rerun"
         ) from None
+
+
+def link_atomic(source: Path, path: Path) -> None:
+    """Make `path` another name of the file `source`, or a copy on a file system without links."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # renaming one link of a file to another does nothing
 
 
 def sync_directory(path: Path) -> None:
