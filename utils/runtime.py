@@ -64,7 +64,8 @@ def describe_error(error: Exception, args) -> str | None:
     if isinstance(error, BrokenPipeError):
         return f"standard output: {error.strerror}"
     if isinstance(error, OSError):
-        path = os.fsdecode(error.filename) if error.filename else Path(args.experiments_dir, args.run_name)
+        name = error.filename2 or error.filename  # the second one is where a file was to be renamed to
+        path = os.fsdecode(name) if name else Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
     chain, e = [], error  # an error inside a graph capture hides the one that caused it
     while e is not None:
