@@ -248,7 +248,8 @@ def results_table(results: dict) -> list[str]:
             lines.append(f"  {', '.join(untrained)}: no loss trains this classifier")
         for label, metrics in (classifiers | {"final": record["val"], "ensemble": record["ensemble"]}).items():
             if metrics is not None:
-                lines.append(row(label, (f"{metrics[name]:.{digits}f}" for name, (_, _, digits) in METRICS.items())))
+                cells = (f"{metrics[k]:.{m.decimals}f}" if k in metrics else "-" for k, m in METRICS.items())
+                lines.append(row(label, cells))
 
     same = "best" in results and results["best"]["epoch"] == results["last"]["epoch"]
     for name in ("last", "best"):
