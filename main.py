@@ -21,7 +21,7 @@ import models
 from data import build_loaders
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
-from utils import distributed, flags
+from utils import distributed, flags, runtime
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, write_arrays, write_json
 from utils.cuda_graph import GraphedStep
@@ -293,8 +293,5 @@ def describe(args, model, train_loader, val_loader, device_name: str) -> str:
 
 
 if __name__ == "__main__":
-    for number, stream in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, stream) is None:  # closed by the caller; open() takes the lowest number that is free
-            setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (until the process ends)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
-    sys.exit(main())
+    with runtime.usable_streams():
+        sys.exit(main())

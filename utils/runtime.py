@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +30,22 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int):
         self.number = number
+
+
+@contextlib.contextmanager
+def usable_streams():
+    """Around a command: standard streams that can be used whatever the caller left of them."""
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:  # closed by the caller; open() takes the lowest number that is free
+            setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (until the process ends)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # a pager that was left; Python, too, flushes at its end, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
