@@ -21,7 +21,7 @@ import models
 from data import build_loaders
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
-from utils import distributed, flags
+from utils import distributed, flags, runtime
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, write_arrays, write_json
 from utils.cuda_graph import GraphedStep
@@ -195,6 +195,7 @@ def not_finite(what: str, epoch: int, args) -> UserError:
 
 def save_predictions(run: RunDirectory, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """predictions.npz: `logits` (M, K), `exit_logits` (B-1, M, K) where there are exits, `labels` (M,)."""
+    run.check_lock()
     exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
     write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
 
@@ -234,13 +235,13 @@ def evaluate_runs(args, given: set[str], device: torch.device) -> None:
         UserError: a run could not be evaluated (after all others were).
     """
     path = Path(args.resume)
-    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(path.rglob(LAST)))
+    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(f.parent for f in path.rglob(LAST)))
     found, failed = {}, []
-    for file in runs or [path]:
+    for run in runs or [path]:
         try:
-            found[str(file.parent if runs else file)] = evaluate_checkpoint(file, args, given, device)
+            found[str(run)] = evaluate_checkpoint(run, args, given, device)
         except (UserError, OSError, MemoryError, RuntimeError) as e:
-            failed.append(describe_error(e, args) or f"{file}: {first_line(e)}")
+            failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
     if found and distributed.is_main():
         for name, record in found.items():
             print(name, *results_table({"last": record}), sep="\n")
@@ -265,19 +266,11 @@ def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device)
     checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
     if note and distributed.is_main():
         print(note)
-    saved = checkpoint["args"]
-    may_differ = flags.RUNTIME_FLAGS | {"precision"}
-    if contradictions := [n for n in sorted(given - may_differ) if getattr(args, n) != saved.get(n)]:
-        name = contradictions[0]
-        raise UserError(f"--{name} {getattr(args, name)} contradicts {path}, trained with {saved.get(name)}")
-    known = vars(build_parser().parse_args([])).keys()
-    values = {n: v for n, v in saved.items() if n in known and n not in flags.RUNTIME_FLAGS - {"data_path"}}
-    values |= {n: getattr(args, n) for n in (given & may_differ) | {"device", "val_only", "resume", "experiments_dir"}}
 
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    own = parse_args(flags.to_argv(values), fail)
+    own = parse_args(flags.evaluation_argv(checkpoint["args"], vars(args), given, path), fail)
     set_up_torch(own.seed, device, own.precision)
     loader = build_loaders(own, device, split="val")
     model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
@@ -299,8 +292,5 @@ def describe(args, model, train_loader, val_loader, device_name: str) -> str:
 
 
 if __name__ == "__main__":
-    for number, stream in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, stream) is None:  # closed by the caller; open() takes the lowest number that is free
-            setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (until the process ends)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
-    sys.exit(main())
+    with runtime.usable_streams():
+        sys.exit(main())

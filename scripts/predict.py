@@ -18,6 +18,7 @@ from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.loader import resize
 from models import load_run
 from models.exits import confidence
 from utils.flags import number_type
@@ -44,10 +45,10 @@ def read_image(path: Path, info: dict) -> torch.Tensor:
     """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            pixels = transforms.pil_to_tensor(image.convert("RGB"))
+            pixels = transforms.pil_to_tensor(image.convert("RGB")).permute(1, 2, 0).contiguous()
     except Exception as e:  # each file format has exceptions of its own
         raise UserError(f"{path} is not an intact JPEG or PNG image ({first_line(e)})") from None
-    pixels = transforms.resize(pixels, [info["image_size"]] * 2, antialias=True)
+    pixels = resize(pixels[None], info["image_size"])[0].permute(2, 0, 1)
     return transforms.normalize(pixels / 255, info["mean"], info["std"])
 
 

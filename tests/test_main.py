@@ -1,346 +1,221 @@
-"""The command, end to end, on a handful of synthetic images."""
+"""The command end to end, on forty synthetic images: what a run writes, evaluation, errors that become one line."""
 
-import itertools
 import json
 import math
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
-from models import Outputs, build_model
-from utils.engine import evaluate
-from utils.metrics import classification_metrics
+from data import build_loaders, synthetic
+from loss import trained_exits
+from models import load_run
+from utils import run_directory
+from utils.calibration import fit_temperature
+from utils.engine import TrainStep, evaluate, predict
+from utils.metrics import METRICS, classification_metrics
+from utils.runtime import MACHINE_FACTS
 
-ROOT = Path(main.__file__).parent
-METRICS = {"top1_error", "top5_error", "nll", "ece", "aurc", "eaurc"}
-SMALL = "--data_type synthetic --width 8 --limit_train 200 --limit_val 100 --end_epoch 2 --device cpu --precision fp32"
-METHODS = ("--PSKD", "--BYOT", "--DML")
-
-
-def run(directory: Path, *words: str, name: str = "run") -> int:
-    return main.main([*SMALL.split(), *words, "--experiments_dir", str(directory), "--run_name", name])
-
-
-def results(directory: Path) -> dict:
-    return json.loads((directory / "results.json").read_text())
+ALL = ("--PSKD", "--BYOT", "--DML")
+SMALL = "--data_type synthetic --classes 10 --image_size 16 --width 4 --batch_size 16 --lr 0.05 --end_epoch 2"
 
 
-def checkpoint(directory: Path, name: str = "last") -> dict:
-    return torch.load(directory / f"checkpoint_{name}.pth", weights_only=True)
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    """4 training and 2 test images per synthetic class, every epoch saved however slow the disk, no pictures."""
+    patch.setattr(synthetic, "TRAIN_PER_CLASS", 4)
+    patch.setattr(synthetic, "TEST_PER_CLASS", 2)
+    patch.setattr(run_directory, "SHORT_WRITE", math.inf)
+    patch.setitem(sys.modules, "matplotlib", None)
 
 
-def without_times(value):
-    """A record without what differs between two equal runs."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if "second" not in k}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
+def run(directory: Path, *words: str, flags: str = SMALL) -> int:
+    """The command in this process, with `directory` as its run directory; `words` override `flags`."""
+    where = ["--experiments_dir", str(directory.parent), "--run_name", directory.name]
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        return main.main([*flags.split(), "--device", "cpu", "--precision", "fp32", *where, *words])
 
 
-@pytest.mark.parametrize("on", list(itertools.product([False, True], repeat=3)))
-def test_every_combination_writes_what_the_design_says(on, tmp_path):
-    words = [m for m, is_on in zip(METHODS, on, strict=True) if is_on]
-    pskd, byot, dml = on
-    assert run(tmp_path, *words) == 0
-    directory = tmp_path / "run"
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1]
-    for t, line in enumerate(lines):
-        assert line["lr"] == 0.1 and line["alpha_t"] == (pytest.approx(0.8 * (t + 1) / 2) if pskd else None)
-        assert line["seconds"] > 0 and line["images_per_second"] == pytest.approx(200 / line["seconds"])
-        terms = {"ce"} | ({"byot_ce", "byot_kl", "byot_hint"} if byot else set()) | ({"dml"} if dml else set())
-        assert line["train"].keys() == {"loss", "top1_error"} | terms
-        assert line["train"]["loss"] == pytest.approx(sum(line["train"][term] for term in terms))
-        assert line["val"].keys() == METRICS and all(math.isfinite(v) for v in line["val"].values())
-        assert len(line["exits"]) == (3 if byot or dml else 0)
-        assert all((e is not None and e.keys() == METRICS) if byot else e is None for e in line["exits"])
-        assert (line["ensemble"] is not None) == byot
-    found = results(directory)
-    assert found["last"] == lines[-1] and found["status"] == "finished" and found["epochs"] == 2
-    assert found["best"] == min(lines, key=lambda line: line["val"]["top1_error"])
-    assert found["seconds_per_epoch"] == pytest.approx((lines[0]["seconds"] + lines[1]["seconds"]) / 2)
-    config = json.loads((directory / "config.json").read_text())
-    assert config["PSKD"] == pskd and config["precision"] == "fp32" and config["image_size"] == 32
-    assert {"python", "torch", "torchvision", "device_name", "git_commit"} <= config.keys()
-    last = checkpoint(directory)
-    assert last.keys() == {"model", "optimizer", "objective", "epoch", "history", "args"}
-    assert last["epoch"] == 1 and last["history"] == lines and last["args"]["seed"] == 4
-    assert checkpoint(directory, "previous")["epoch"] == 0
-    assert checkpoint(directory, "best")["epoch"] == found["best"]["epoch"]
-    assert {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "fc.weight"} <= last["model"].keys()
-    assert list((directory / "tensorboard").iterdir()) and (directory / "experiment.log").stat().st_size
+def val_only(path: Path, directory: Path, *words: str) -> int:
+    return run(directory, "--resume", str(path), *words, flags="--val_only")
 
 
-def test_default_run_name(tmp_path):
-    args = main.parse_args(["--PSKD", "--DML", "--data_type", "synthetic", "--seed", "7"])
-    assert args.run_name == "synthetic_resnet18_PSKD_DML_seed7"
-    assert main.parse_args([]).run_name == "cifar100_resnet18_baseline_seed4"
+def read(directory: Path, name: str = "results.json") -> dict:
+    return json.loads((directory / name).read_text())
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of all three methods, with its predictions."""
-    directory = tmp_path_factory.mktemp("experiments")
-    assert run(directory, *METHODS, "--save_predictions", "--saveckp_freq", "2") == 0
-    return directory / "run"
+def read_records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_predictions_give_the_metrics_of_the_last_epoch(finished):
-    saved = np.load(finished / "predictions.npz")
-    assert saved["logits"].dtype == np.float32 and saved["logits"].shape == (100, 100)
-    again = classification_metrics(torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"]))
-    assert again == pytest.approx(results(finished)["last"]["val"], rel=1e-12)
-    assert (finished / "checkpoint_epoch1.pth").exists()
-
-
-def test_memory_is_whole_and_its_rows_are_probabilities(finished):
-    memory = checkpoint(finished)["objective"]["targets.memory"]
-    assert memory.shape == (200, 100)
-    assert torch.allclose(memory.sum(dim=1), torch.ones(200), atol=1e-5)
-
-
-def test_same_command_on_a_finished_run_says_so(finished, capsys):
-    before = (finished / "results.json").read_bytes()
-    assert run(finished.parent, *METHODS, "--save_predictions", "--saveckp_freq", "2") == 0
-    assert "is finished" in capsys.readouterr().out
-    assert (finished / "results.json").read_bytes() == before
-
-
-def test_a_restart_does_not_take_an_older_run_for_what_was_to_overwrite_it(finished, monkeypatch, capsys):
-    before = (finished / "results.json").read_bytes()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run(finished.parent, *METHODS, "--save_predictions", "--saveckp_freq", "2", "--overwrite") == 1
-    assert "may not have come to do it" in capsys.readouterr().err
-    assert (finished / "results.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("lost", ["config.json", "metrics.jsonl", "results.json"])
-def test_a_finished_run_that_lost_a_file_gets_it_again(finished, tmp_path, lost):
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    (directory / lost).unlink()
-    assert run(tmp_path, *METHODS, "--save_predictions", "--saveckp_freq", "2") == 0
-    assert results(directory) == results(finished)
-    assert (directory / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    assert json.loads((directory / "config.json").read_text())["end_epoch"] == 2
-
-
-def test_other_flags_are_refused_by_name_and_harm_nothing(finished, capsys):
-    before = (finished / "results.json").read_bytes()
-    assert run(finished.parent, "--PSKD", "--lr", "0.2") == 1
-    message = capsys.readouterr().err
-    assert all(word in message for word in ("--BYOT True -> False", "--lr 0.1 -> 0.2", "--overwrite"))
-    assert message.count("\n") == 1
-    assert (finished / "results.json").read_bytes() == before
-
-
-def test_val_only_prints_and_writes_the_same_metrics(finished, capsys):
-    files = {p: p.stat().st_mtime_ns for p in finished.iterdir()}
-    assert run(finished.parent, "--BYOT", "--val_only", "--resume", str(finished), name="again") == 0
-    written = json.loads((finished.parent / "again" / "val.json").read_text())
-    last = results(finished)["last"]
-    for key in ("val", "ensemble"):
-        assert written[key] == pytest.approx(last[key], rel=1e-12)
-    for ours, theirs in zip(written["exits"], last["exits"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-12)
-    assert f"{last['val']['nll']:.4f}" in capsys.readouterr().out
-    assert files == {p: p.stat().st_mtime_ns for p in finished.iterdir()}
-    assert [p.name for p in (finished.parent / "again").iterdir()] == ["val.json"]
-
-
-def test_the_printed_evaluation_command_works(finished):
-    line = (finished / "experiment.log").read_text().split("evaluate again: ")[1].strip()
-    words = [sys.executable, *shlex.split(line)[1:], "--device", "cpu", "--precision", "fp32", "--run_name", "pasted"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    again = json.loads((finished.parent / "pasted" / "val.json").read_text())
-    # Another process may have another number of threads, and so other last digits.
-    assert again["val"]["nll"] == pytest.approx(results(finished)["last"]["val"]["nll"], rel=1e-6)
-
-
-def test_val_only_on_a_directory_of_runs_prints_their_table(finished, capsys):
-    assert run(finished.parent, "--PSKD", name="second") == 0
-    capsys.readouterr()
-    experiments = finished.parent
-    argv = ["--val_only", "--resume", str(experiments), "--experiments_dir", str(experiments), "--run_name", "all"]
-    assert main.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 0
-    written = json.loads((experiments / "all" / "val.json").read_text())
-    for directory in (finished, experiments / "second"):
-        assert written[str(directory)]["val"] == pytest.approx(results(directory)["last"]["val"], rel=1e-12)
-    assert str(finished) in capsys.readouterr().out
-
-
-def test_val_only_on_a_directory_goes_on_past_a_checkpoint_that_cannot_be_used(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "good")
-    shutil.copytree(finished, tmp_path / "bad")
-    foreign = checkpoint(finished)
-    del foreign["args"]["limit_val"]
-    torch.save(foreign, tmp_path / "bad" / "checkpoint_last.pth")
-    argv = ["--val_only", "--resume", str(tmp_path), "--experiments_dir", str(tmp_path), "--run_name", "all"]
-    assert main.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 1
+def one_line(capsys) -> str:
+    """What was printed as an error."""
     error = capsys.readouterr().err
-    assert "1 of 2 runs could not be evaluated" in error and "limit_val" in error and error.count("\n") == 1
-    assert json.loads((tmp_path / "all" / "val.json").read_text()).keys() == {str(tmp_path / "good")}
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    return error
 
 
-def test_val_only_without_a_checkpoint_that_can_be_used_leaves_what_was_written(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "bad")
-    (tmp_path / "bad" / "checkpoint_last.pth").write_bytes(b"PK")
-    written = tmp_path / "all" / "val.json"
-    written.parent.mkdir()
-    written.write_text("before")
-    argv = ["--val_only", "--resume", str(tmp_path), "--experiments_dir", str(tmp_path), "--run_name", "all"]
-    assert main.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 1
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "written" not in said.out and written.read_text() == "before"
+def files(directory: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_resume_into_another_directory_continues_the_history(finished, tmp_path):
-    words = [*METHODS, "--resume", str(finished), "--end_epoch", "3", "--allow_end_epoch_change"]
-    assert main.main([*SMALL.split(), *words, "--experiments_dir", str(tmp_path), "--run_name", "on"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[:2] == checkpoint(finished)["history"] and len(lines) == 3
-    assert lines[2]["alpha_t"] == pytest.approx(0.8)
+def before_step(monkeypatch, number: int, action) -> None:
+    """Call `action(step)` before the training step of this number, counted from 0."""
+    call, left = TrainStep.__call__, list(range(number + 1))
+
+    def step(self, *batch):
+        if left and left.pop() == 0:
+            action(self)
+        call(self, *batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
 
 
-def test_resumed_in_another_directory_is_the_uninterrupted_run_to_the_bit(finished, tmp_path):
-    """Train one epoch, change end_epoch on a baseline (whose losses do not depend on it), compare."""
-    short, long = tmp_path / "short", tmp_path / "long"
-    assert run(tmp_path, "--BYOT", "--end_epoch", "1", name="short") == 0
-    assert run(tmp_path, "--BYOT", "--allow_end_epoch_change", name="short") == 0
-    assert run(tmp_path, "--BYOT", name="long") == 0
-    a, b = checkpoint(short), checkpoint(long)
-    for key in a["model"]:
-        assert torch.equal(a["model"][key], b["model"][key]), key
-    for ours, theirs in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
-        assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
-    assert without_times(a["history"]) == without_times(b["history"])
+EXITS_TRAINED = ["--BYOT", "--PSKD --BYOT", "--BYOT --DML", "--PSKD --BYOT --DML", "--DML --DML_on_output"]
+COMBINATIONS = [  # flags, and for each exit whether a loss trains its classifier
+    *[(flags, []) for flags in ("", "--PSKD")],
+    *[(flags, [True] * 3) for flags in EXITS_TRAINED],
+    *[(flags, [False] * 3) for flags in ("--DML", "--PSKD --DML")],
+    ("--BYOT --BYOT_from_k_block 2", [False, True, True]),
+]
 
 
-def test_val_split_keeps_the_test_split_for_the_end(tmp_path):
-    assert run(tmp_path, "--BYOT", "--val_split", "0.1") == 0
-    found = results(tmp_path / "run")
-    assert found["test"].keys() == {"last", "best"}
-    for name in ("last", "best"):
-        assert found["test"][name]["val"].keys() == METRICS
-        assert found["test"][name]["epoch"] == found[name]["epoch"]
-        assert found["test"][name]["val"] != found[name]["val"]
-
-
-def test_overwrite_starts_anew(tmp_path):
-    assert run(tmp_path, "--end_epoch", "1") == 0
-    assert run(tmp_path, "--end_epoch", "1", "--seed", "5", "--overwrite") == 0
-    assert checkpoint(tmp_path / "run")["args"]["seed"] == 5
-    assert not (tmp_path / "run" / "checkpoint_previous.pth").exists()
-
-
-def test_seed_decides_the_run(tmp_path):
-    weights = []
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        assert run(tmp_path, "--end_epoch", "1", "--seed", seed, name=name) == 0
-        weights.append(checkpoint(tmp_path / name)["model"]["fc.weight"])
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_bf16_trains(tmp_path):
-    assert run(tmp_path, *METHODS, "--precision", "bf16", "--end_epoch", "1") == 0
-    assert checkpoint(tmp_path / "run")["model"]["conv1.weight"].dtype == torch.float32
-
-
-def test_compiled_equals_eager(tmp_path):
-    """The graph that torch.compile traces, run without a code generator: what --compile gives but for the speed."""
-    args = main.parse_args([*SMALL.split(), "--BYOT"])
-    model = build_model(args, 10)
-    images = torch.randn(4, 3, 32, 32)
-    eager = model(images)
-    traced = torch.compile(model, backend="aot_eager", dynamic=False)(images)
-    assert isinstance(traced, Outputs)
-    assert torch.allclose(traced.logits, eager.logits, atol=1e-5)
-    labels = torch.zeros(4, dtype=torch.int64)
-    stacked = torch.stack([*traced.exit_logits, traced.logits]).detach()
-    assert evaluate(stacked, labels, [True] * 3)["ensemble"].keys() == METRICS
-
-
-def test_help_fits_and_names_every_flag():
-    done = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    flags = vars(main.parse_args([]))
-    assert all(f"--{name}" in done.stdout for name in flags)
-    for group in ("methods", "data:", "model:", "optimisation", "run:"):
-        assert f"\n{group}" in done.stdout
-
-
-def test_notes_what_is_allowed_and_perhaps_not_meant(monkeypatch):
-    cpu = torch.device("cpu")
-    args = main.parse_args(["--end_epoch", "2", "--precision", "bf16", "--device", "cpu"])
-    monkeypatch.setattr(main, "has_bf16_instructions", lambda: False)
-    rate, slow = main.notes(args, cpu)
-    assert "never drops" in rate and "150 225" in rate and "bf16 is slow" in slow
-    monkeypatch.setattr(main, "has_bf16_instructions", lambda: True)
-    assert main.notes(main.parse_args(["--device", "cpu"]), cpu) == []
-
-
-def test_results_without_checkpoints_are_not_overwritten(tmp_path, capsys):
-    """A user who deleted the large files of a finished run to save room."""
-    assert run(tmp_path, "--end_epoch", "1") == 0
-    for file in (tmp_path / "run").glob("*.pth"):
-        file.unlink()
-    before = (tmp_path / "run" / "results.json").read_bytes()
-    assert run(tmp_path, "--end_epoch", "1", "--lr", "0.05") == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "run" / "results.json").read_bytes() == before
-    assert run(tmp_path, "--end_epoch", "1", "--overwrite") == 0
-
-
-def test_predictions_can_be_asked_for_afterwards_and_are_never_stale(tmp_path):
-    assert run(tmp_path, "--end_epoch", "1") == 0
-    assert run(tmp_path, "--end_epoch", "1", "--save_predictions") == 0
-    saved = np.load(tmp_path / "run" / "predictions.npz")
-    again = classification_metrics(torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"]))
-    assert again == pytest.approx(results(tmp_path / "run")["last"]["val"], rel=1e-12)
-    assert run(tmp_path, "--end_epoch", "2", "--allow_end_epoch_change") == 0
-    assert not (tmp_path / "run" / "predictions.npz").exists()
-
-
-def test_a_finished_run_whose_last_checkpoint_is_damaged_is_mended(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    before = checkpoint(tmp_path / "run")["model"]
-    (tmp_path / "run" / "checkpoint_last.pth").write_bytes(b"PK")
-    assert run(tmp_path) == 0
-    assert "going on from checkpoint_previous.pth" in capsys.readouterr().out
-    after = checkpoint(tmp_path / "run")["model"]
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_only_own_files_are_removed(tmp_path):
+@pytest.mark.parametrize(("flags", "trained"), COMBINATIONS)
+def test_every_combination_writes_what_the_design_says(flags, trained, tmp_path):
     directory = tmp_path / "run"
-    (directory / "tensorboard").mkdir(parents=True)
-    for name in ("notes.tmp", "tensorboard/notes.txt"):
-        (directory / name).write_text("mine")
-    assert run(tmp_path, "--end_epoch", "1") == 0
-    assert run(tmp_path, "--end_epoch", "1", "--overwrite") == 0
-    assert (directory / "notes.tmp").exists() and (directory / "tensorboard" / "notes.txt").exists()
+    assert run(directory, *flags.split(), "--save_predictions") == 0
+    records, results, config = read_records(directory), read(directory), read(directory, "config.json")
+    terms = {"ce"} | ({"byot_ce", "byot_kl", "byot_hint"} if "--BYOT" in flags else set())
+    terms |= {"dml"} if "--DML" in flags else set()
+    for t, record in enumerate(records):
+        assert record["epoch"] == t and record["lr"] == 0.05
+        assert record["alpha_t"] == (0.4 * (t + 1) if "--PSKD" in flags else None)
+        assert record["images_per_second"] == pytest.approx(40 / record["seconds"])
+        assert record["seconds_validation"] > 0 and (record["seconds_saving"] > 0) == (t > 0)
+        assert record["train"].keys() == {"loss", "top1_error"} | terms
+        assert record["train"]["loss"] == pytest.approx(sum(record["train"][term] for term in terms))
+        for metrics in filter(None, (record["val"], record["ensemble"], *record["exits"])):
+            assert metrics.keys() == METRICS.keys() and all(map(math.isfinite, metrics.values()))
+    seconds = [r["seconds"] + r["seconds_validation"] + r["seconds_saving"] for r in records]
+    best = min(records, key=lambda record: record["val"]["top1_error"])
+    assert results == {"status": "finished", "epochs": 2, "last": records[1], "best": best} | {
+        "seconds_per_epoch": pytest.approx((records[0]["seconds"] + records[1]["seconds"]) / 2),
+        "hours": pytest.approx(sum(seconds) / 3600),
+    }
+    assert config["precision"] == "fp32" and config["overwrite"] is False and config["PSKD"] == ("--PSKD" in flags)
+    assert config["starts"] == [{"epoch": 0} | {key: config[key] for key in MACHINE_FACTS}]
+    assert config["data"]["class_names"][9] == "hue 0, width 9" and config["data"]["mean"] == [0.5] * 3
+    checkpoints = [torch.load(directory / f"checkpoint_{n}.pth", weights_only=True) for n in ("last", "best")]
+    assert [c["history"] for c in checkpoints] == [records, records[: best["epoch"] + 1]]
+    assert {"conv1.weight", "layer1.0.bn1.bias", "fc.bias"} <= checkpoints[0]["model"].keys()
+    saved = {name: torch.from_numpy(array) for name, array in np.load(directory / "predictions.npz").items()}
+    logits = torch.stack([*saved.get("exit_logits", ()), saved["logits"]])
+    assert logits.shape == (len(trained) + 1, 20, 10) and logits.dtype == torch.float32
+    assert evaluate(logits, saved["labels"], trained) == {k: records[1][k] for k in ("val", "exits", "ensemble")}
 
 
-def test_a_start_that_fails_leaves_no_directory(tmp_path, capsys):
-    words = ["--data_type", "tinyimagenet", "--data_path", str(tmp_path / "tiny-imagenet-200")]
-    (tmp_path / "tiny-imagenet-200" / "train").mkdir(parents=True)
-    assert run(tmp_path / "experiments", *words) == 1
-    assert "wnids.txt" in capsys.readouterr().err
-    assert not (tmp_path / "experiments" / "run").exists()
+def test_val_split_gives_a_test_block_and_without_it_nothing_is_fitted(tmp_path, monkeypatch):
+    """The first epoch is made the best one, so that the two blocks have different weights."""
+    assert run(tmp_path / "plain", *ALL) == 0 and "test" not in read(tmp_path / "plain")
+    monkeypatch.setattr(run_directory, "best_record", lambda history: history[0] if history else None)
+    assert run(tmp_path / "run", *ALL, "--val_split", "0.5") == 0
+    make_small(monkeypatch)
+    for name, epoch in (("last", 1), ("best", 0)):
+        block = read(tmp_path / "run")["test"][name]
+        model, info = load_run(tmp_path / "run", name)
+        loaders = [build_loaders(info["args"], "cpu", split=split) for split in ("val", "test")]
+        (held_logits, held_labels), (logits, labels) = (predict(model, loader, "fp32") for loader in loaders)
+        expected = {"epoch": epoch, **evaluate(logits, labels, trained_exits(info["args"]))}
+        assert len(held_labels) == len(labels) == 20 and expected == {key: block[key] for key in expected}
+        assert block["temperatures"] == [fit_temperature(z, held_labels) for z in held_logits] == info["temperatures"]
+        calibrated = classification_metrics(logits[-1].double() / block["temperatures"][-1], labels)
+        assert block["calibrated"]["val"] == {key: calibrated[key] for key in ("ece", "nll")}
+        curve, chosen = block["early_exit"]["curve"], block["early_exit"]["chosen"]
+        assert curve[-1]["accuracy"] == pytest.approx(100 - block["val"]["top1_error"])
+        assert chosen in curve and chosen["heldout_accuracy"] >= curve[-1]["heldout_accuracy"] - 0.5
+        assert curve[-1]["multiply_adds"] == block["early_exit"]["multiply_adds"][-1]
+        images = torch.cat([batch for batch, _, _ in loaders[1]])
+        right = model.predict_early(images, chosen["threshold"])[0].argmax(dim=1) == labels
+        assert 100 * right.double().mean().item() == pytest.approx(chosen["accuracy"])
 
 
-def test_val_only_goes_past_a_damaged_run(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "good")
-    shutil.copytree(finished, tmp_path / "bad")
-    (tmp_path / "bad" / "checkpoint_last.pth").write_bytes(b"PK")
-    argv = ["--val_only", "--resume", str(tmp_path), "--experiments_dir", str(tmp_path), "--run_name", "all"]
-    assert main.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 1
-    assert "1 of 2 runs" in capsys.readouterr().err
-    assert list(json.loads((tmp_path / "all" / "val.json").read_text())) == [str(tmp_path / "good")]
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """A finished run with no flag at its default, on a folder of classes beside it, whose cache is gone."""
+    random = np.random.RandomState(0)
+    for i in range(24):
+        file = tmp_path / "photos" / ("test" if i % 3 == 0 else "train") / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.randint(0, 256, (20, 20, 3), dtype=np.uint8)).save(file)
+    flags = "--BYOT --data_type folder --width 8 --num_resnet_blocks 2 --image_size 24 --val_split 0.3 --seed 7"
+    words = [*flags.split(), "--classes", "2", "--limit_val", "3", "--data_path", str(tmp_path / "photos")]
+    assert run(tmp_path / "run", *words) == 0
+    (tmp_path / "photos" / "decoded-images.npz").unlink()
+    return tmp_path
+
+
+def test_val_only_takes_flags_from_the_checkpoint_and_writes_val_json_only(folders, monkeypatch, capsys):
+    (folders / "elsewhere").mkdir()
+    monkeypatch.chdir(folders / "elsewhere")
+    before, last = files(folders), read(folders / "run")["last"]
+    printed = (folders / "run" / "experiment.log").read_text().split("evaluate again: python main.py ")[1].splitlines()
+    assert shlex.split(printed[0]) == ["--val_only", "--resume", str(folders / "run")]
+    assert main.main([*shlex.split(printed[0]), "--precision", "fp32"]) == 0
+    written = folders / "elsewhere" / "experiments" / "val_only" / "val.json"
+    found = json.loads(written.read_text())
+    assert found.pop("checkpoint") == str(folders / "run" / "checkpoint_last.pth")
+    assert found == {key: last[key] for key in ("epoch", "val", "exits", "ensemble")}
+    assert {path: content for path, content in files(folders).items() if path != written} == before
+    capsys.readouterr()
+    (folders / "photos").rename(folders / "moved")
+    assert val_only(folders / "run", folders / "out") == 1
+    assert str(folders / "photos") in one_line(capsys) and not (folders / "photos").exists()
+    words = ("--data_path", str(folders / "moved"), "--precision", "bf16", "--label_smoothing", "0")
+    assert val_only(folders / "run", folders / "out", *words) == 0 and (folders / "out" / "val.json").exists()
+    for words, named in (("--width 4", "--width 8 -> 4"), ("--PSKD --seed 4", "--PSKD False -> True, --seed 7 -> 4")):
+        assert val_only(folders / "run", folders / "out", *words.split()) == 1
+        assert named in one_line(capsys)
+
+
+def test_val_only_on_a_directory_of_runs_goes_past_bad_ones(folders, monkeypatch, capsys):
+    good = torch.load(folders / "run" / "checkpoint_last.pth", weights_only=True)
+    changes = {"c": {"width": -5}, "d": {"image_size": 7}, "e": {"seed": "four"}, "f": {"data_path": "new"}}
+    for name in "abcdefgh":
+        forged = {**good, "args": good["args"] | changes.get(name, {})}
+        forged["model"] = {key: tensor * (math.nan if name == "b" else 1) for key, tensor in good["model"].items()}
+        (folders / "runs" / name).mkdir(parents=True)
+        torch.save("foreign" if name == "g" else forged, folders / "runs" / name / "checkpoint_last.pth")
+    outcomes = [RuntimeError("a mistake"), mock.DEFAULT]  # of runs a and h
+    monkeypatch.setattr(main, "predict", mock.Mock(wraps=predict, side_effect=outcomes))
+    monkeypatch.chdir(folders)
+    assert val_only(folders / "runs", folders / "all") == 1
+    error = one_line(capsys)
+    for words in ("7 of 8", "a: a mistake", "b/", "not finite", "'-5'", "--image_size", "'four'", "new/train", "g/"):
+        assert words in error, words
+    assert read(folders / "all", "val.json").keys() == {str(folders / "runs" / "h")} and not (folders / "new").exists()
+
+
+def test_out_of_memory_is_one_line_wherever_it_hides_and_a_mistake_is_not_hidden(tmp_path, monkeypatch, capsys):
+    error = RuntimeError("CUDA error: operation failed during capture")
+    error.__context__ = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    before_step(monkeypatch, 0, mock.Mock(side_effect=error))
+    assert run(tmp_path / "run") == 1
+    assert "out of memory with --batch_size 16" in one_line(capsys)
+    before_step(monkeypatch, 0, mock.Mock(side_effect=RuntimeError("a mistake in the code")))
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
+        run(tmp_path / "run")
+    assert read(tmp_path / "run")["status"] == "failed"
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, capsys):
+    before_step(monkeypatch, 4, lambda step: step.model.exits[1].fc.weight.data.fill_(math.inf))
+    assert run(tmp_path / "run", *ALL) == 1
+    error = one_line(capsys)
+    assert error.startswith("error: epoch 2: ") and "byot_kl" in error and "not finite" in error and "--lr" in error
+    assert len(read_records(tmp_path / "run")) == 1

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from utils.runtime import UserError, first_line
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 ENTRIES = {"model": dict, "optimizer": dict, "objective": dict, "epoch": int, "history": list, "args": dict}
+# What every epoch's record has had from the first version on.
+RECORD = {"epoch", "lr", "alpha_t", "seconds", "images_per_second", "train", "val", "exits", "ensemble"}
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -38,6 +41,18 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
         raise UserError(
             f"{path} cannot be written ({e.strerror}); its earlier content is intact: {remedy}, then rerun"
         ) from None
+
+
+def link_atomic(source: Path, path: Path) -> None:
+    """Make `path` another name of the file `source`, or a copy on a file system without links."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # renaming one link of a file to another does nothing
 
 
 def sync_directory(path: Path) -> None:
@@ -108,10 +123,11 @@ def _problem(checkpoint) -> str | None:
         return f"{', '.join(wrong)} missing or of another type"
     history = checkpoint["history"]
     try:
-        epochs = [record["epoch"] for record in history if record["val"]["top1_error"] >= 0 and record["train"]]
-    except (LookupError, TypeError):
+        json.dumps([history, checkpoint["args"]])  # plain values, as metrics.jsonl and config.json have
+        epochs = [r["epoch"] for r in history if r.keys() >= RECORD and r["val"]["top1_error"] >= 0 and r["train"]]
+    except (LookupError, TypeError, ValueError, AttributeError):
         epochs = None
-    if not history or epochs != list(range(checkpoint["epoch"] + 1)):
+    if epochs != list(range(len(history))) or len(history) != checkpoint["epoch"] + 1:
         return "its history is not one record per epoch"
     if not all(isinstance(name, str) for name in checkpoint["args"]):
         return "its args are not named"
@@ -135,7 +151,7 @@ def load_states(checkpoint: dict, source, **owners) -> None:
                 tensors = {f"momentum {i}": entry["momentum_buffer"] for i, entry in state["state"].items()}
                 parameters = [p for group in owner.param_groups for p in group["params"]]
                 shapes = {f"momentum {i}": p.shape for i, p in enumerate(parameters)}
-                if any(tensor.shape != shapes[key] for key, tensor in tensors.items()):
+                if not tensors or any(tensor.shape != shapes[key] for key, tensor in tensors.items()):
                     raise ValueError("momentum of another shape")
             for key, tensor in tensors.items():
                 if not tensor.isfinite().all():

@@ -20,24 +20,24 @@ from utils.runtime import UserError, first_line
 
 
 def check_environment() -> None:
-    """Raises ValueError naming the variable of torchrun's that is missing or no number."""
-    if num_launched(check=False) == 1:
-        return
+    """Raises ValueError naming the variable of torchrun's that is missing, no number or out of range."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):
-        value = os.environ.get(name, "0")
+        value = os.environ.get(name) or "0"
         if not value.isdecimal():
             raise ValueError(f"environment variable {name}={value!r} is not a number; start with torchrun, or unset it")
+    if num_launched() == 1:
+        return
+    if int(os.environ["RANK"]) >= num_launched():
+        raise ValueError(f"environment variable RANK={os.environ['RANK']} is not below WORLD_SIZE={num_launched()}")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ValueError(f"environment variable {name} is missing; start with torchrun, or unset RANK")
 
 
-def num_launched(check: bool = True) -> int:
-    """Number of processes that torchrun started, 1 without it; 0 for one that cannot be told, without `check`."""
-    if not all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
-        return 1
-    world = os.environ["WORLD_SIZE"]
-    return int(world) if check or world.isdecimal() else 0
+def num_launched() -> int:
+    """Number of processes that torchrun started, 1 without it."""
+    is_launched = all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return int(os.environ["WORLD_SIZE"]) if is_launched else 1
 
 
 def num_local() -> int:
@@ -47,7 +47,7 @@ def num_local() -> int:
 
 def is_restart() -> bool:
     """True where torchrun (`--max_restarts`) has started these processes because earlier ones died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def local_device(name: str) -> torch.device:

@@ -7,12 +7,13 @@ assembles them.
 import argparse
 import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 from utils import distributed
-from utils.runtime import has_bf16_instructions
+from utils.runtime import UserError, has_bf16_instructions
 
 # The flags that say where and how a run is computed or stored. All others define the experiment.
 RUNTIME_FLAGS = frozenset(
@@ -25,6 +26,12 @@ RUNTIME_FLAGS = frozenset(
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose error is one line, from one process per machine."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # read as an empty list: python/cpython#109475
+                self.error(f"argument {word[:-3]}: '--' is not a value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
@@ -187,6 +194,21 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[
     names = vars(parser.parse_args([]))
     values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
     return {name for name, value in vars(values).items() if value is not unset}
+
+
+def evaluation_argv(saved: dict, args: dict, given: set[str], path: Path) -> list[str]:
+    """The command line that evaluates the checkpoint `path`: its flags `saved`, and of this command's, `args`, those
+    that say where and how to compute.
+
+    Raises:
+        UserError: a flag among those `given` in this command contradicts the checkpoint's.
+    """
+    may_differ = RUNTIME_FLAGS | {"precision"}
+    if differ := differences(saved, saved | {name: args[name] for name in given - may_differ}):
+        raise UserError(f"{path} was trained with other flags: {', '.join(differ)}")
+    values = {n: v for n, v in saved.items() if n in args and n not in RUNTIME_FLAGS - {"data_path"}}
+    values |= {n: args[n] for n in (given & may_differ) | {"device", "val_only", "resume", "experiments_dir"}}
+    return to_argv(values)
 
 
 def to_argv(values: dict) -> list[str]:

@@ -5,7 +5,6 @@ import fcntl
 import io
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from utils.checkpoint import (
     PREVIOUS,
     best_record,
     find_checkpoint,
+    link_atomic,
     load_checkpoint,
     read_json,
     sync_directory,
@@ -65,14 +65,14 @@ class RunDirectory:
         if error is not None:
             self._set_status("interrupted" if isinstance(error, Interrupted) else "failed")
         if isinstance(error, Interrupted):
-            again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
-            what = f"no epoch was saved; {again} starts anew"
+            what = "no epoch was saved; the same command starts anew"
             if self._num_saved:
+                again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
                 what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; {again} continues from there"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # where nothing was written, leave no empty directory behind
-            if self._created and [file.name for file in self.path.iterdir()] == [".lock"]:
+            if self._created and self._owns_lock() and [file.name for file in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
                 for path in self._created:
                     path.rmdir()
@@ -155,16 +155,17 @@ class RunDirectory:
         except OSError:
             pass  # a file system without locks
 
-    def _check_lock(self) -> None:
-        """Raises UserError where the directory was renamed or its lock deleted: another run may have its name."""
+    def _owns_lock(self) -> bool:
+        """Whether this run's lock is still the directory's. Where not, another run may have its name."""
         try:
-            own = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
         except OSError:
-            own = False
-        if not own:
-            raise UserError(
-                f"{self.path} was renamed or its .lock removed while this run was alive: nothing is written"
-            )
+            return False
+
+    def check_lock(self) -> None:
+        """Raises UserError where the directory was renamed or its lock deleted; called before anything is written."""
+        if not self._owns_lock():
+            raise UserError(f"{self.path} was renamed or its .lock removed during this run: nothing more is written")
 
     def _check_flags(self, checkpoint: dict) -> None:
         differ = differences(checkpoint["args"], self.flags)
@@ -199,7 +200,7 @@ class RunDirectory:
         """
         if not self.is_main:
             return
-        self._check_lock()
+        self.check_lock()
         starts = read_json(self.path / "config.json").get("starts", [])
         if self.source is None:  # a new run
             starts = []
@@ -216,7 +217,7 @@ class RunDirectory:
         if self.source is not None and self.source.resolve().parent != self.path.resolve():
             self._adopt(history)
         elif self.source == self.path / PREVIOUS:
-            self._link(self.source, LAST)  # the next save makes LAST the previous one, which must be intact
+            link_atomic(self.source, self.path / LAST)  # which the next save makes the previous one: it must be intact
         # Event files are written anew from the history, so that no step is in them twice.
         for events in self.path.glob("tensorboard/events.out.tfevents.*"):
             events.unlink()
@@ -244,6 +245,7 @@ class RunDirectory:
         self.seconds_saving = 0.0
         if not self.is_main:
             return
+        self.check_lock()
         epoch, frequency = history[-1]["epoch"], self.flags["saveckp_freq"]
         is_best = best_record(history)["epoch"] == epoch
         keep = frequency > 0 and (epoch + 1) % frequency == 0
@@ -252,33 +254,22 @@ class RunDirectory:
         due = self._write_seconds < SHORT_WRITE or start - self._saved_at > SAVE_INTERVAL * self._write_seconds
         if not (is_best or keep or is_last or due):
             return
-        self._check_lock()
         buffer = io.BytesIO()
         torch.save({**make_states(), "epoch": epoch, "history": history, "args": self.flags}, buffer)
         new = self.path / NEW
         write_atomic(new, buffer.getbuffer())
         if is_best:
-            self._link(new, BEST)
+            link_atomic(new, self.path / BEST)
         if keep:
-            self._link(new, f"checkpoint_epoch{epoch}.pth")
+            link_atomic(new, self.path / f"checkpoint_epoch{epoch}.pth")
         if (self.path / LAST).exists():
-            self._link(self.path / LAST, PREVIOUS)  # a link, so that LAST exists at every moment
+            link_atomic(self.path / LAST, self.path / PREVIOUS)  # a link, so that LAST exists at every moment
         os.replace(new, self.path / LAST)
         sync_directory(self.path)
         self._num_saved = len(history)
         self.write_records(history, "running")
         self._saved_at = time.perf_counter()
         self.seconds_saving = self._write_seconds = self._saved_at - start
-
-    def _link(self, source: Path, name: str) -> None:
-        temporary = self.path / (name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, self.path / name)
-        temporary.unlink(missing_ok=True)  # renaming one link of a file to another does nothing
 
     def write_records(self, history: list[dict], status: str, test: dict | None = None) -> dict:
         """Write metrics.jsonl and results.json; return the content of the latter."""
@@ -294,6 +285,7 @@ class RunDirectory:
         if test is not None:
             results["test"] = test
         if self.is_main:
+            self.check_lock()
             write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history).encode())
             write_json(self.path / "results.json", results)
         return results
@@ -304,6 +296,5 @@ class RunDirectory:
             return
         results = read_json(self.path / "results.json")
         with contextlib.suppress(OSError, UserError):  # the message on the console matters more than this file
-            if results and results.get("status") != "finished":
-                self._check_lock()
+            if results and results.get("status") != "finished" and self._owns_lock():
                 write_json(self.path / "results.json", {**results, "status": status})
