@@ -50,8 +50,8 @@ def name_groups(found: list[list[Run]]) -> list[tuple[str, str, list[Run]]]:
     for runs, own in zip(found, flags, strict=True):
         panel = "\n".join(textwrap.wrap(f"{own['classifier_type']} {listing(own, differing - options)}", 40))
         methods = "+".join(method for method in loss.METHODS if own.get(method)) or "baseline"
-        label = f"{methods} ({listing(own, options)})" if options else methods
-        groups.append((panel, label, runs))
+        more = listing(own, options)
+        groups.append((panel, f"{methods} ({more})" if more else methods, runs))
     return sorted(groups, key=lambda group: (COMBINATIONS.index(group[1].split()[0]), *group[:2]))
 
 
@@ -154,8 +154,8 @@ def draw(Figure, name: str, groups: list[tuple[str, str, list[Run]]]):
     for i, (title, contents) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, columns, i, title=title)
         for label, data in contents:
-            turn, k = divmod(labels.index(label), len(DASHES))
-            line = {"color": figures.COLOURS[k], "linestyle": DASHES[(k + turn) % len(DASHES)], "marker": MARKERS[turn]}
+            turn, k = divmod(labels.index(label), 8)
+            line = {"color": figures.COLOURS[k], "linestyle": DASHES[(k + turn) % 8], "marker": MARKERS[turn % 8]}
             draw_group(axis, data, label=label, **line)
     figures.legend(figure)
     return figure

@@ -33,6 +33,7 @@ def make_run(root, name, top1, **flags):
         curve = [{"threshold": 0.5, "multiply_adds": m, "accuracy": a} for m, a in points]
         test |= {"exits": [metrics(top1 + 9), None], "ensemble": metrics(top1 - 1)}
         test["early_exit"] = {"backbone_multiply_adds": 100, "multiply_adds": [30, 60, 110], "curve": curve}
+        test["early_exit"]["chosen"] = curve[-1]
     results = {"status": "finished", "epochs": 4, "seconds_per_epoch": 5.0 + flags["seed"], "last": lines[-1]}
     (root / name).mkdir(parents=True)
     (root / name / "config.json").write_text(json.dumps(config))
@@ -83,6 +84,9 @@ def test_files_and_what_is_left_out(runs, tmp_path, capsys):
 def test_options_name_a_line_and_settings_a_panel(tmp_path):
     for i, flags in enumerate([{"BYOT_from_k_block": 1}, {"BYOT_from_k_block": 2}, {"lr": 0.05}]):
         make_run(tmp_path, str(i), 20.0, BYOT=True, seed=1, **flags)
+    make_run(tmp_path, "baseline", 20.0, seed=1)
     groups = plot.name_groups(summarize.group_runs(summarize.find_runs([tmp_path]), "last")[0])
-    names = [(panel, label[-2]) for panel, label, _ in groups]
-    assert names == [("resnet18 lr 0.05", "1"), ("resnet18 lr 0.1", "1"), ("resnet18 lr 0.1", "2")]
+    assert [(panel[-4:].strip(), label) for panel, label, _ in groups] == [
+        ("0.1", "baseline"), ("0.05", "BYOT (BYOT_from_k_block 1)"),
+        ("0.1", "BYOT (BYOT_from_k_block 1)"), ("0.1", "BYOT (BYOT_from_k_block 2)"),
+    ]  # fmt: skip

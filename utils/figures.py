@@ -72,7 +72,7 @@ def accuracies(records: list[dict]) -> np.ndarray:
 
 
 def early_exit(axis, tests: list[dict], **line) -> None:
-    """Accuracy against multiply-adds: the early-exit curve, each exit alone, the final classifier, the ensemble.
+    """Accuracy against multiply-adds: the early-exit curve, each exit, the final classifier, the ensemble.
 
     tests: entries of results.json's `test` block, of runs that differ in the seed; their means are drawn.
     """
