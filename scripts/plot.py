@@ -45,7 +45,8 @@ def name_groups(found: list[list[Run]]) -> list[tuple[str, str, list[Run]]]:
     flags = [runs[0].flags for runs in found]
     differing = {key for own in flags for key in own if any(other.get(key) != own[key] for other in flags)}
     differing -= {"classifier_type", *loss.METHODS}
-    options = differing & {"num_resnet_blocks", *vars(parser.parse_args([]))}
+    defaults = {"num_resnet_blocks": 4, **vars(parser.parse_args([]))}
+    options = differing & defaults.keys()
     groups = []
     for runs, own in zip(found, flags, strict=True):
         panel = "\n".join(textwrap.wrap(f"{own['classifier_type']} {listing(own, differing - options)}", 40))
