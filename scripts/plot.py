@@ -51,7 +51,7 @@ def name_groups(found: list[list[Run]]) -> list[tuple[str, str, list[Run]]]:
     for runs, own in zip(found, flags, strict=True):
         panel = "\n".join(textwrap.wrap(f"{own['classifier_type']} {listing(own, differing - options)}", 40))
         methods = "+".join(method for method in loss.METHODS if own.get(method)) or "baseline"
-        more = listing(own, options)
+        more = listing(own, {key for key in options if own[key] != defaults[key]})
         groups.append((panel, f"{methods} ({more})" if more else methods, runs))
     return sorted(groups, key=lambda group: (COMBINATIONS.index(group[1].split()[0]), *group[:2]))
 

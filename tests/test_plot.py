@@ -88,5 +88,5 @@ def test_options_name_a_line_and_settings_a_panel(tmp_path):
     groups = plot.name_groups(summarize.group_runs(summarize.find_runs([tmp_path]), "last")[0])
     assert [(panel[-4:].strip(), label) for panel, label, _ in groups] == [
         ("0.1", "baseline"), ("0.05", "BYOT"), ("0.1", "BYOT"),
- ("0.1", "BYOT (BYOT_from_k_block 2)"),
+        ("0.1", "BYOT (BYOT_from_k_block 2)"),
     ]  # fmt: skip
