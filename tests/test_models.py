@@ -1,255 +1,240 @@
-"""The networks: shapes, initial weights, precision, and torchvision's residual networks beneath."""
+"""The networks against torchvision's and hand-worked counts, early exit against a plain loop, and load_run."""
 
-import functools
+import contextlib
+import json
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from loss import build_objective
-from main import parse_args
-from models import ALIASES, MODELS, build_model, min_width
+import main
+from data import synthetic
+from models import ALIASES, MODELS, build_model, load_run, min_width
+from utils.runtime import UserError
 
-BOTTLENECK_EXITS = ("resnet18", "resnet50")
 TORCHVISION = {"wideresnet50": "wide_resnet50_2", "wideresnet101": "wide_resnet101_2"}  # where names differ
+COUNTS = {  # with exits, without
+    "resnet18": (13_011_152, 11_220_132),
+    "resnet50": (50_430_928, 23_705_252),
+    "resnext50_32x4d": (37_898_448, 23_177_124),
+}
+EVERY_NETWORK = pytest.mark.parametrize("name", MODELS)
+EACH_KIND_OF_EXIT = pytest.mark.parametrize("name", ["resnet18", "resnet34"])  # bottleneck, attention
 
 
-def flags(*words: str):
-    return parse_args(["--device", "cpu", "--precision", "fp32", *words])
+def build(name, *words, width=8, num_classes=10):
+    width = max(width, 16 if name == "resnext50_32x4d" else 1)
+    words = ["--classifier_type", name, "--width", str(width), "--device", "cpu", "--precision", "fp32", *words]
+    return build_model(main.parse_args(words), num_classes)
 
 
-def build(name: str, *words: str, width: int = 8, num_classes: int = 10):
-    width = max(width, min_width(name, 4, True))  # 16 for resnext50_32x4d
-    return build_model(flags("--classifier_type", name, "--width", str(width), *words), num_classes)
-
-
-@functools.cache
-def with_exits(name: str):
-    return build(name, "--BYOT")
-
-
-def images(size: int = 16, num: int = 2):
+def images(size=16, num=2):
     return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def feature_dim(name: str, width: int, num_blocks: int = 4) -> int:
-    return width * 2 ** (num_blocks - 1) * MODELS[name].block.expansion
-
-
-@pytest.mark.parametrize("size", [16, 24, 32, 40, 64])
-@pytest.mark.parametrize("name", MODELS)
-def test_shapes(name, size):
-    d = feature_dim(name, 16 if name == "resnext50_32x4d" else 8)
-    with torch.no_grad():
-        outputs = with_exits(name).train()(images(size))
-    assert outputs.logits.shape == (2, 10) and outputs.feature.shape == (2, d)
-    assert isinstance(outputs.exit_logits, tuple) and isinstance(outputs.exit_features, tuple)
-    assert [t.shape for t in outputs.exit_logits] == [(2, 10)] * 3
-    assert [t.shape for t in outputs.exit_features] == [(2, d)] * 3
-    for t in (*outputs[:2], *outputs.exit_logits, *outputs.exit_features):
-        assert t.dtype == torch.float32 and t.isfinite().all()
-
-
-@pytest.mark.parametrize("methods, num_exits", [([], 0), (["--PSKD"], 0), (["--BYOT"], 3), (["--DML"], 3)])
-def test_exits_are_there_for_byot_and_dml_alone(methods, num_exits):
-    model = build("resnet18", *methods)
-    assert len(model.exits) == num_exits
-    outputs = model(images())
-    assert len(outputs.exit_logits) == len(outputs.exit_features) == num_exits
-    assert num_exits or outputs[2:] == ((), ())
-
-
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
-def test_blocks_have_an_exit_each_but_the_last(name, num_blocks):
-    d = feature_dim(name, 16 if name == "resnext50_32x4d" else 8, num_blocks)
-    for methods in [["--BYOT"], []] if num_blocks > 1 else [[]]:
-        model = build(name, "--num_resnet_blocks", str(num_blocks), *methods).eval()
-        assert hasattr(model, f"layer{num_blocks}") and not hasattr(model, f"layer{num_blocks + 1}")
-        with torch.no_grad():
-            outputs = model(images())
-        assert outputs.logits.shape == (2, 10) and outputs.feature.shape == (2, d)
-        assert [t.shape for t in outputs.exit_features] == [(2, d)] * (num_blocks - 1 if methods else 0)
-
-
-@pytest.mark.parametrize("num_blocks", [2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
-def test_exits_of_each_kind(name, num_blocks):
-    """Bottleneck exits have kernels 8, 4, 2 whatever B; attention exits shrink the map in B - i steps."""
-    model = build(name, "--DML", "--num_resnet_blocks", str(num_blocks))
-    for i, exit_ in enumerate(model.exits, start=1):
-        convs = [m for m in exit_.body.modules() if isinstance(m, nn.Conv2d)]
-        if name in BOTTLENECK_EXITS:
-            assert [m.kernel_size for m in convs] == [(1, 1), (2 ** (4 - i),) * 2, (1, 1)]
-        else:
-            assert len(exit_.body) == num_blocks - i
-            assert sum(m.stride == (2, 2) for m in convs) == num_blocks - i
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
-def test_exit_i_sees_the_first_i_stages(name):
-    model = with_exits(name).train()
-    outputs = model(images())
-    for i, logits in enumerate((*outputs.exit_logits, outputs.logits), start=1):
-        stages = [next(getattr(model, f"layer{s}").parameters()) for s in range(1, 5)]
-        found = torch.autograd.grad(logits.square().sum(), stages, allow_unused=True, retain_graph=True)
-        assert [g is not None for g in found] == [s <= i for s in range(1, 5)]
-
-
-def test_aliases_are_the_same_networks():
-    for alias, name in ALIASES.items():
-        ours, theirs = (build_model(flags("--classifier_type", n, "--width", "8"), 10) for n in (name, alias))
-        assert same(ours.state_dict(), theirs.state_dict())
-
-
-def same(a: dict, b: dict) -> bool:
+def same(a: dict, b: dict):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_initial_weights_depend_on_seed_and_architecture_alone(name):
-    plain = build(name).state_dict()
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    for methods in (["--BYOT"], ["--DML", "--PSKD"]):
-        model = build(name, *methods)
-        backbone = {n: t for n, t in model.state_dict().items() if not n.startswith("exits.")}
-        assert same(backbone, plain)
-    assert torch.equal(torch.get_rng_state(), state)
-    other = build(name, "--seed", "5").state_dict()
-    assert not torch.equal(other["conv1.weight"], plain["conv1.weight"])
-    assert not torch.equal(other["fc.weight"], plain["fc.weight"])
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
-def test_exits_start_from_the_same_weights_for_the_same_seed(name):
-    a, b, other = (build(name, "--BYOT", "--seed", seed).state_dict() for seed in ("1", "1", "2"))
-    assert same(a, b)
-    drawn = [n for n, t in a.items() if n.startswith("exits.") and (t.ndim > 1 or ".fc." in n)]
-    assert len(drawn) > 3 * 3 and not any(torch.equal(a[n], other[n]) for n in drawn)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
-def test_initial_weights_are_kaiming_normal_by_fan_out(name):
-    """And PyTorch's own elsewhere, residual branches included, which do not start at zero."""
-    model = build(name, "--BYOT", width=32)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            w = module.weight.detach()
-            std = sqrt(2 / (w.shape[0] * w.shape[2] * w.shape[3]))
-            # Sampling errors: std / sqrt(2 n) of the deviation, std / sqrt(n) of the mean.
-            assert abs(w.std().item() / std - 1) < 5 / sqrt(2 * w.numel())
-            assert abs(w.mean().item() / std) < 5 / sqrt(w.numel())
-            assert w.abs().max() < 6.5 * std
-        elif isinstance(module, nn.BatchNorm2d):
-            assert (module.weight == 1).all() and (module.bias == 0).all()
-        elif isinstance(module, nn.Linear):
-            bound = 1 / sqrt(module.in_features)
-            for p in (module.weight, module.bias):
-                assert p.any() and p.abs().max() <= bound
-            assert module.weight.std().item() == pytest.approx(bound / sqrt(3), rel=0.1)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_outputs_are_float32_under_bf16_autocast(name):
-    model = with_exits(name).eval()
-    with torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(images())
-        in_float32 = model(images())
-    for t in (*outputs[:2], *outputs.exit_logits, *outputs.exit_features):
-        assert t.dtype == torch.float32
-    assert not torch.equal(outputs.feature, in_float32.feature)  # the convolutions were in bf16
-    pairs = [(model.fc, outputs.feature, outputs.logits)]
-    pairs += zip([e.fc for e in model.exits], outputs.exit_features, outputs.exit_logits, strict=True)
-    for fc, feature, logits in pairs:  # and classifiers were not: a product in bf16 is 1,000 times as far off
-        torch.testing.assert_close(logits, F.linear(feature, fc.weight, fc.bias), rtol=1e-5, atol=1e-5)
-
-
-def test_a_network_in_float64_stays_there():
-    outputs = build("resnet34", "--BYOT").double()(images().double())
-    assert {t.dtype for t in (*outputs[:2], *outputs.exit_logits, *outputs.exit_features)} == {torch.float64}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_backbone_has_torchvisions_names_and_shapes(name):
+@EVERY_NETWORK
+def test_parameters_are_torchvisions_and_as_many_as_in_the_paper(name):
     with torch.device("meta"):
-        ours = build_model(flags("--classifier_type", name, "--BYOT"), 100).state_dict()
+        complete, backbone = (build(name, method, width=64, num_classes=100) for method in ("--BYOT", "--PSKD"))
         theirs = getattr(torchvision.models, TORCHVISION.get(name, name))(num_classes=100).state_dict()
-    ours = {n: tuple(t.shape) for n, t in ours.items() if not n.startswith("exits.")}
-    theirs = {n: tuple(t.shape) for n, t in theirs.items()}
-    assert ours.pop("conv1.weight") == (64, 3, 3, 3) and theirs.pop("conv1.weight") == (64, 3, 7, 7)
-    assert ours == theirs
+    shapes = {n: tuple(t.shape) for n, t in complete.state_dict().items() if not n.startswith("exits.")}
+    assert shapes == {n: tuple(t.shape) for n, t in theirs.items()} | {"conv1.weight": (64, 3, 3, 3)}
+    counts = tuple(sum(p.numel() for p in model.parameters()) for model in (complete, backbone))
+    assert counts == COUNTS.get(name, counts)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_backbone_computes_what_torchvisions_does(name):
-    """With the CIFAR stem in place of its own: 3 x 3, stride 1, no pooling."""
+def test_outputs_are_torchvisions_with_a_small_stem(name):
     ours = build(name, width=64).eval()
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)(num_classes=10).eval()
-        theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        theirs.maxpool = nn.Identity()
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     theirs.load_state_dict(ours.state_dict(), assign=True)
     with torch.no_grad():
         torch.testing.assert_close(ours(images()).logits, theirs(images()), rtol=1e-4, atol=1e-4)
 
 
+@EVERY_NETWORK
+def test_every_block_but_the_last_has_an_exit_and_outputs_are_float32(name):
+    for num_blocks, method in ((1, "--PSKD"), (2, "--BYOT"), (3, "--DML"), (4, "--BYOT"), (4, "--PSKD")):
+        model = build(name, "--num_resnet_blocks", str(num_blocks), method)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(images(64 if num_blocks == 4 else 24))
+        features, logits = (outputs.feature, *outputs.exit_features), (outputs.logits, *outputs.exit_logits)
+        assert len(logits) == (1 if method == "--PSKD" else num_blocks)
+        for owner, feature, got in zip((model, *model.exits), features, logits, strict=True):
+            assert feature.shape == (2, model.fc.in_features) and got.shape == (2, 10)
+            assert feature.dtype == got.dtype == torch.float32  # and the classifier's product is not bf16's, 1e-2 off
+            torch.testing.assert_close(got, F.linear(feature, owner.fc.weight, owner.fc.bias), rtol=1e-5, atol=1e-5)
+        sizes = [[m.kernel_size[0] for m in e.body.modules() if isinstance(m, nn.Conv2d)] for e in model.exits]
+        if name in ("resnet18", "resnet50"):  # 8, 4, 2 whatever the number of blocks
+            assert sizes == [[1, 2 ** (4 - i), 1] for i in range(1, len(logits))]
+        else:
+            assert sizes == [[3, 1, 3, 1] * (num_blocks - i) for i in range(1, len(logits))]
+
+
+@EACH_KIND_OF_EXIT
+def test_exit_i_sees_the_first_i_stages(name):
+    model = build(name, "--BYOT")
+    outputs = model(images())
+    for i, logits in enumerate((*outputs.exit_logits, outputs.logits), start=1):
+        stages = [next(model.stage(s).parameters()) for s in range(1, 5)]
+        gradients = torch.autograd.grad(logits.square().sum(), stages, allow_unused=True, retain_graph=True)
+        assert [g is not None for g in gradients] == [s <= i for s in range(1, 5)]
+
+
+@EVERY_NETWORK
+def test_initial_weights_depend_on_seed_and_architecture_only(name):
+    state = torch.get_rng_state()
+    lines = ("", "--seed 5", "--BYOT", "--BYOT", "--DML --PSKD")
+    plain, other, byot, again, dml = (build(name, *words.split()).state_dict() for words in lines)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(byot, again) and same(byot, dml)
+    assert same({n: t for n, t in byot.items() if not n.startswith("exits.")}, plain)
+    assert not any(torch.equal(plain[n], other[n]) for n in ("conv1.weight", "layer4.0.conv2.weight", "fc.weight"))
+    assert all((t == 1).all() for n, t in plain.items() if "bn" in n and n.endswith("weight"))  # residuals' last too
+    for n, w in byot.items():  # Kaiming-normal by fan-out, within five sampling errors
+        if w.ndim == 4:
+            std = sqrt(2 / (w.shape[0] * w.shape[2] * w.shape[3]))
+            assert abs(w.std().item() / std - 1) < 5 / sqrt(2 * w.numel()), n
+    assert all(same(build(alias).state_dict(), plain) for alias, target in ALIASES.items() if target == name)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("exits", [False, True], ids=["plain", "exits"])
-@pytest.mark.parametrize("name", MODELS)
-def test_min_width_is_the_smallest_that_leaves_every_layer_a_channel(name, exits):
-    for num_blocks in (2, 3, 4) if exits else (1, 4):
-        words = ["--num_resnet_blocks", str(num_blocks), *(["--BYOT"] if exits else [])]
-        args = flags("--classifier_type", name, *words)
-        args.width = min_width(name, num_blocks, exits)
-        model = build_model(args, 10).train()
-        assert all(p.numel() for p in model.parameters())
-        with torch.no_grad():
-            assert model(images()).logits.isfinite().all()
+@EVERY_NETWORK
+def test_min_width_is_the_smallest_that_leaves_every_layer_a_channel(name):
+    for num_blocks, methods in ((1, []), (4, []), (2, ["--BYOT"]), (3, ["--BYOT"]), (4, ["--BYOT"])):
+        args = main.parse_args(["--classifier_type", name, "--num_resnet_blocks", str(num_blocks), *methods])
+        args.width = min_width(name, num_blocks, bool(methods))
+        model = build_model(args, 10)
+        assert all(p.numel() for p in model.parameters()) and model(images()).logits.isfinite().all()
         args.width -= 1
-        try:
-            narrower = build_model(args, 10)
-        except ValueError:  # an attention exit's depthwise convolution: no channels, so no groups
-            continue
-        assert not all(p.numel() for p in narrower.parameters())
+        with contextlib.suppress(ValueError):  # an attention exit's depthwise convolution: no channels, so no groups
+            assert not all(p.numel() for p in build_model(args, 10).parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_with_byot_every_parameter_gets_a_gradient(name):
-    model = build(name, "--BYOT").train()
-    objective = build_objective(flags("--classifier_type", name, "--BYOT"), 4, 10)
-    loss, _ = objective(model(images(32, 4)), torch.arange(4), torch.arange(4))
-    loss.backward()
-    for parameter_name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), parameter_name
-        assert p.grad.any(), parameter_name
+def test_narrow_shortcuts_are_the_strided_convolution():
+    """Below 16 channels the shortcut slices first, because of a fault of oneDNN: same numbers, same gradients."""
+    conv, x = build("resnet18").layer2[0].downsample[0].double(), images(10, 16).double().view(6, 8, 10, 10)
+    assert type(conv) is not nn.Conv2d and type(build("resnet18", width=16).layer2[0].downsample[0]) is nn.Conv2d
+    results = conv(x.requires_grad_()), F.conv2d(x, conv.weight, stride=2)
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), [x, conv.weight]) for y in results))
 
 
-def test_with_dml_the_exits_classifiers_get_none():
-    model = build("resnet34", "--DML").train()
-    objective = build_objective(flags("--classifier_type", "resnet34", "--DML"), 4, 10)
-    loss, _ = objective(model(images(16, 4)), torch.arange(4), torch.arange(4))
-    loss.backward()
-    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {f"exits.{i}.fc.{kind}" for i in range(3) for kind in ("weight", "bias")}
+@EACH_KIND_OF_EXIT
+@pytest.mark.parametrize("num, bf16", [(1, False), (1, True), (7, False), (7, True)])
+def test_predict_early_at_extreme_thresholds_equals_forward_to_the_bit(name, num, bf16):
+    model, batch = build(name, "--BYOT").eval(), images(num=num)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        outputs = model(batch)
+        for threshold, number, expected in ((0, 1, outputs.exit_logits[0]), (1.01, 4, outputs.logits)):
+            logits, decided_by = model.predict_early(batch, threshold)
+            assert logits.dtype == torch.float32 and torch.equal(logits, expected)
+            assert decided_by.dtype == torch.int64 and decided_by.tolist() == [number] * num
+        assert build(name).eval().predict_early(batch, 0)[1].tolist() == [4] * num  # a network without exits
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_narrow_shortcuts_are_the_strided_convolution(stride):
-    """Below 16 channels the shortcut slices first, around a fault of oneDNN: same numbers, same gradients."""
-    block = build_model(flags("--width", "8"), 10).layer2[0].downsample[0]
-    assert type(block) is not torch.nn.Conv2d and list(block.state_dict()) == ["weight"]
-    x = torch.randn(2, 8, 10, 10, dtype=torch.float64, requires_grad=True)
-    block = block.double()
-    block.stride = (stride, stride)
-    expected = torch.nn.functional.conv2d(x, block.weight, stride=stride)
-    assert torch.allclose(block(x), expected)
-    ours = torch.autograd.grad(block(x).square().sum(), [x, block.weight])
-    theirs = torch.autograd.grad(expected.square().sum(), [x, block.weight])
-    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
-    wide = build_model(flags("--width", "16"), 10).layer2[0].downsample[0]
-    assert type(wide) is torch.nn.Conv2d
+@EACH_KIND_OF_EXIT
+@pytest.mark.parametrize("temperatures", [[1.0, 1.0, 1.0, 1.0], [3.0, None, 0.5, 9.0], [None, None, None, 1.0]])
+def test_predict_early_equals_a_loop_over_images_and_computes_nothing_more(name, temperatures):
+    model, batch = build(name, "--BYOT").double().eval(), images(num=40).double()  # rounding decides nothing
+    model.temperatures = temperatures
+    with torch.no_grad():
+        outputs = model(batch)
+        for owner, logits in zip((*model.exits, model), (*outputs.exit_logits, outputs.logits), strict=True):
+            owner.fc.bias -= logits.mean(dim=0)  # spreads the confidences between 0 and 1
+            for p in owner.fc.parameters():
+                p *= 2 / (logits - logits.mean(dim=0)).std()
+        outputs = model(batch)
+    computed, seen = {}, set()
+    for i, module in enumerate((*model.exits, *map(model.stage, range(1, 5)))):
+        module.register_forward_pre_hook(lambda _, inputs, i=i: computed.update({i: len(inputs[0])}))
+    for threshold in (0.3, 0.5, 0.8, 1.01):
+        computed.clear()
+        got, decided_by = model.predict_early(batch, threshold)
+        for n in range(40):
+            exits = zip(outputs.exit_logits, temperatures[:3], strict=True)
+            sure = [bool(t) and (logits[n] / t).softmax(dim=0).max() >= threshold for logits, t in exits]
+            number = [*sure, True].index(True)
+            assert decided_by[n] == number + 1
+            torch.testing.assert_close(got[n], (*outputs.exit_logits, outputs.logits)[number][n])
+        remaining = [int((decided_by >= number).sum()) for number in range(1, 5)]
+        asked = [num if t and threshold <= 1 else 0 for num, t in zip(remaining[:3], temperatures[:3], strict=True)]
+        assert [computed.get(i, 0) for i in range(7)] == asked + remaining
+        seen |= set(decided_by.tolist())
+    assert seen == {number for number, t in enumerate(temperatures, start=1) if t}  # each decided for some image
+
+
+def test_multiply_adds():
+    """ResNet-18's shares; two stages of width 4 on 16 px by hand: out-pixels x out x in x area; and by every layer."""
+    model = build("resnet18", "--BYOT", width=64, num_classes=100)
+    totals, backbone = model.multiply_adds(32)
+    assert round(backbone / 1e6) == 555 and [round(100 * total / backbone) for total in totals] == [32, 58, 83, 107]
+    model = build("resnet18", "--BYOT", "--num_resnet_blocks", "2", width=4)
+    stage_1 = 256 * 4 * 3 * 9 + 4 * (256 * 4 * 4 * 9)  # with the stem
+    stage_2 = 64 * 8 * 4 * 9 + 3 * (64 * 8 * 8 * 9) + 64 * 8 * 4 + 8 * 10  # with shortcut and classifier
+    exit_1 = 256 * 2 * 4 + 4 * 2 * 2 * 64 + 4 * 8 * 2 + 8 * 10
+    assert model.multiply_adds(16) == ([stage_1 + exit_1, stage_1 + exit_1 + stage_2], stage_1 + stage_2)
+    model.temperatures = [None, 1.0]  # an exit that never decides is not computed
+    assert model.multiply_adds(16) == ([stage_1, stage_1 + stage_2], stage_1 + stage_2)
+    model, counts = build("resnext50_32x4d", "--BYOT"), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, _, out: counts.append(out[0, :1].numel() * m.weight.numel()))
+    assert model.multiply_adds(32)[0][-1] == sum(counts)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with --val_split, whose best epoch is not its last and whose exit 1 no loss trains."""
+    words = "--BYOT --BYOT_from_k_block 2 --data_type synthetic --classes 5 --limit_train 40 --limit_val 10 --width 4"
+    words += " --end_epoch 2 --batch_size 20 --lr 0.01 --val_split 0.2 --save_predictions --device cpu --precision fp32"
+    run = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "TRAIN_PER_CLASS", 20)
+        assert main.main([*words.split(), "--experiments_dir", str(run.parent), "--run_name", "run"]) == 0
+        _, val = main.build_loaders(main.parse_args(words.split()), "cpu")
+    (run / "checkpoint_previous.pth").replace(run / "checkpoint_best.pth")
+    results = json.loads((run / "results.json").read_text())
+    results["test"]["best"] = {"temperatures": [None, 2.0, 3.0, 4.0]}
+    (run / "results.json").write_text(json.dumps(results))
+    return run, val
+
+
+def test_load_run_gives_the_trained_network_and_what_is_needed_to_use_it(run):
+    run, val = run
+    model, info = load_run(run)
+    saved, pixels = np.load(run / "predictions.npz"), val.pictures(torch.arange(10)) / 255
+    mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        np.testing.assert_allclose(model((pixels - mean) / std).logits, saved["logits"], rtol=1e-3, atol=1e-4)
+    assert info["class_names"] == val.class_names and (info["image_size"], info["epoch"]) == (32, 1)
+    assert not model.training and info["args"].width == 4
+    fitted = json.loads((run / "results.json").read_text())["test"]["last"]["temperatures"]
+    assert model.temperatures == info["temperatures"] == fitted and [t is None for t in fitted] == [True] + [False] * 3
+    best, info = load_run(str(run), "best")
+    assert best.temperatures == [None, 2.0, 3.0, 4.0] and info["epoch"] == 0 and (best.fc.bias != model.fc.bias).any()
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"test": None}))  # as without --val_split
+    model, info = load_run(run)
+    assert info["temperatures"] is None and model.temperatures == [None, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("file", ["checkpoint_last.pth", "config.json", "results.json"])
+def test_load_run_names_the_file_that_is_missing_or_damaged(run, file):
+    path, content = run[0] / file, (run[0] / file).read_bytes()
+    for damaged in (None, b"", b"[]", content[: len(content) // 2]):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            load_run(run[0])
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.write_bytes(content)
