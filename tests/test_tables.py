@@ -89,7 +89,7 @@ def test_commands_and_run_names(runs, monkeypatch, capfd):
     monkeypatch.setenv("PYTHON", "python")
     flags = f"--seed 4 --experiments_dir {runs} --run_name"
     command = f"python main.py --classifier_type resnet18 --PSKD --BYOT --DML {flags} {ROW8}"
-    runtime = ["--workers", "2", "--device=cpu", "--compile", "--allow_end_epoch_change"]
+    runtime = ["--workers", "2", "--device=cpu", "--compile", "--allow_end_epoch_change", "--save_predictions"]
     assert dry_run(capfd, "1", "8") == {ROW8: command}
     assert list(dry_run(capfd, "1", "8", "--", *runtime)) == [ROW8]
     rows = ["BYOT", "BYOT_DML", "PSKD_BYOT_DML"]
