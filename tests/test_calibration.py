@@ -81,10 +81,10 @@ def test_threshold_is_chosen_on_heldout_images_by_hand():
     heldout = torch.stack([exit_logits, 9 * torch.nn.functional.one_hot(labels, 2)]), labels
     results = []
     for test_labels in (labels, 1 - labels):
-        results.append(early_exit_curve(heldout, (heldout[0], test_labels), [1.0, 1.0], [1, 3], 2.9))
+        results.append(early_exit_curve(heldout, (30 * heldout[0], test_labels), [1.0, 1.0], [1, 3], 2.9))
     chosen = results[0]["chosen"]
     assert 0.8 <= chosen["threshold"] < 0.83 and chosen["heldout_accuracy"] == 100
-    below = results[0]["curve"][results[0]["curve"].index(chosen) - 1]
-    assert below["heldout_accuracy"] < 99.5
-    # Whatever the test labels are, the choice is the same.
-    assert results[1]["chosen"]["threshold"] == chosen["threshold"] and results[1]["chosen"]["accuracy"] == 0
+    assert results[0]["curve"][results[0]["curve"].index(chosen) - 1]["heldout_accuracy"] < 99.5
+    # Whatever the test logits and labels are, the choice is the same.
+    other = results[1]["chosen"]
+    assert other["threshold"] == chosen["threshold"] and other["accuracy"] == pytest.approx(100 - chosen["accuracy"])
