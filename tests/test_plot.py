@@ -55,7 +55,7 @@ def runs(tmp_path):
 
 def test_figures_show_means_over_seeds(runs):
     path, scores = runs
-    groups = plot.name_groups(summarize.group_runs(summarize.find_runs([path]), "last")[0])
+    groups = summarize.group_runs(summarize.find_runs([path]), "last")[0]
     with figures.drawing() as Figure:
         drawn = {name: plot.draw(Figure, name, groups).axes[0] for name in plot.FIGURES}
     lines = {name: [line.get_xydata().tolist() for line in axis.lines] for name, axis in drawn.items()}
@@ -70,7 +70,6 @@ def test_figures_show_means_over_seeds(runs):
     curve, exits, final, ensemble = lines["early_exit"]
     assert curve == [[30, 62], [60, 75], [110, 82]] and exits[0] == [30, 69]
     assert (final, ensemble) == ([[100, 78]], [[110, 79]])
-    assert lines["error_time"] == [[[6, 25]], [[7, 22]]]
 
 
 def test_files_and_what_is_left_out(runs, tmp_path, capsys):
@@ -79,14 +78,3 @@ def test_files_and_what_is_left_out(runs, tmp_path, capsys):
     assert files == {f"{name}.{kind}" for name in plot.FIGURES for kind in ("png", "pdf")}
     left_out = [line.split()[3].strip(",") for line in capsys.readouterr().out.splitlines() if "baseline" in line]
     assert left_out == ["reliability", "risk_coverage", "early_exit"]
-
-
-def test_options_name_a_line_and_settings_a_panel(tmp_path):
-    for i, flags in enumerate([{"BYOT_from_k_block": 1}, {"BYOT_from_k_block": 2}, {"lr": 0.05}]):
-        make_run(tmp_path, str(i), 20.0, BYOT=True, seed=1, **flags)
-    make_run(tmp_path, "baseline", 20.0, seed=1)
-    groups = plot.name_groups(summarize.group_runs(summarize.find_runs([tmp_path]), "last")[0])
-    assert [(panel[-4:].strip(), label) for panel, label, _ in groups] == [
-        ("0.1", "baseline"), ("0.05", "BYOT"), ("0.1", "BYOT"),
-        ("0.1", "BYOT (BYOT_from_k_block 2)"),
-    ]  # fmt: skip
