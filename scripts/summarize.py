@@ -182,8 +182,8 @@ def cell(runs: list[Run], column: str, published: float | None, decimals: int, s
     return f"{text} ({', '.join(bracket)})" if bracket else text
 
 
-def table(title: str, lines: list[tuple], columns: dict, style: str, sign: str = "") -> str:
-    """The lines as markdown, csv or latex; columns without any number are left out."""
+def table(title: str, lines: list[tuple], columns: dict, sign: str = "") -> str:
+    """The lines as a markdown table; columns without any number are left out."""
     rows = []
     for labels, runs, published in lines:
         labels = {**labels, "network": runs[0].flags["classifier_type"], "methods": runs[0].label, "n": len(runs)}
@@ -192,16 +192,8 @@ def table(title: str, lines: list[tuple], columns: dict, style: str, sign: str =
         rows.append([*map(str, labels.values()), *cells])
     headings = [*labels, *(heading for heading, _ in columns.values())]
     used = [i for i in range(len(headings)) if any(row[i] != "—" for row in rows)]
-    headings, *rows = [[row[i] for i in used] for row in [headings, *rows]]
-    if style == "csv":
-        return "\n".join(",".join(f'"{text}"' for text in [title, *row]) for row in [headings, *rows])
-    if style == "markdown":
-        rows = [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]]
-        return "\n".join([f"### {title}", "", *rows, ""])
-    escape = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "—": "--"})
-    rows = [" & ".join(text.translate(escape) for text in row) + r" \\ \hline" for row in [headings, *rows]]
-    begin = rf"\begin{{table}}\caption{{{title.translate(escape)}}}\begin{{tabular}}{{{'l' * len(headings)}}}"
-    return "\n".join([begin, *rows, r"\end{tabular}\end{table}", ""])
+    rows = [[row[i] for i in used] for row in [headings, ["---"] * len(headings), *rows]]
+    return "\n".join([f"### {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def export(file: Path, groups: list[list[Run]]) -> None:
@@ -219,7 +211,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, default=[ROOT / "experiments"], help="directories of runs, or exported files")
-    add("--format", choices=("markdown", "csv", "latex"), default="markdown")
     add("--best", action="store_true", help="each run's best epoch instead of its last")
     add("--export", type=Path, metavar="FILE.jsonl", help="write the runs to a file that this script reads")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -235,14 +226,11 @@ def main(argv: list[str] | None = None) -> None:
     remarks = [f"left out: {line}" for line in left_out]
     if common := common_departures(groups):
         remarks.append(f"all runs, unlike the paper: {listing(groups[0][0].flags, common)}")
-    tables, sign = [], ""  # tables: title, lines, columns
     if args.pairs:
-        tables, sign = (
-            [(f"Differences from {args.pairs}, paired by seed", paired_lines(args.pairs, groups), COLUMNS)],
-            "+",
-        )
-        if not tables[0][1]:
+        lines = paired_lines(args.pairs, groups)
+        if not lines:
             parser.error(f"--pairs {args.pairs}: give one of {'; '.join(group[0].label for group in groups)}")
+        print(table(f"Differences from {args.pairs}, paired by seed", lines, COLUMNS, sign="+"))
     elif args.all_classifiers:
         lines = [
             ({"classifier": name}, [run._replace(values=run.classifiers[name]) for run in group], {})
@@ -250,26 +238,26 @@ def main(argv: list[str] | None = None) -> None:
             for name in group[0].classifiers
             if group[0].classifiers[name]
         ]
-        tables = [("Every classifier", lines, COLUMNS)]
+        print(table("Every classifier", lines, COLUMNS) if lines else "")
     else:
-        others = groups
+        in_paper = set()
         for number in args.table or "1234":
             lines, paper = paper_lines(number, groups), PUBLISHED[f"table{number}"]
             columns = {**ACCURACIES, "early_exit": COLUMNS["early_exit"]} if number == "2" else COLUMNS
-            tables.append((f"Table {number}: {paper['title']}", lines, columns))
-            others = [group for group in others if not any(group is runs for _, runs, _ in lines)]
+            if lines:
+                print(table(f"Table {number}: {paper['title']}", lines, columns))
+            in_paper |= {id(group) for _, group, _ in lines}
             if any(published for _, _, published in lines):
                 remarks += [PUBLISHED["about"], *paper["notes"]]
-        tables.append(("Other runs", [({}, group, {}) for group in others if not args.table], COLUMNS))
-    for title, lines, columns in tables:
-        if lines:
-            print(table(title, lines, columns, args.format, sign))
+        others = [({}, group, {}) for group in groups if id(group) not in in_paper]
+        if others and not args.table:
+            print(table("Other runs", others, COLUMNS))
     configs = [run.config for group in groups for run in group]
     starts = [start for config in configs for start in config.get("starts", [config])]
     origins = {f"{s['device_name']}, torch {s['torch']}, commit {s['git_commit']}" for s in starts}
     about = f"{len(configs)} runs, {'best' if args.best else 'last'} epoch, made on {'; '.join(sorted(origins))}"
     for remark in dict.fromkeys([about, *remarks]):
-        print({"markdown": "-", "csv": "#", "latex": "%"}[args.format], remark)
+        print("-", remark)
 
 
 if __name__ == "__main__":

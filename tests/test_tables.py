@@ -1,6 +1,5 @@
 """scripts/: the table drivers with a stand-in for main.py, and summarize.py on run directories made by hand."""
 
-import csv
 import json
 import os
 import re
@@ -319,16 +318,6 @@ def test_a_metric_that_an_older_run_lacks_is_a_dash(tmp_path, summary):
     make_run(tmp_path, "b1", 20.0, PSKD=False)
     out = summary()
     assert cells(out, row="8")[0]["E-AURC (x 1000)"] == "—" and cells(out, row="7")[0]["E-AURC (x 1000)"] == "20.00"
-
-
-def test_csv_and_latex(tmp_path, summary):
-    make_run(tmp_path, "a1", 20.0, data_type="synthetic")
-    make_run(tmp_path, "b1", 21.0, classifier_type="resnet34")
-    heads, row, *_, other = csv.reader(line for line in summary("--format", "csv").splitlines() if line[0] == '"')
-    assert dict(zip(heads, row, strict=True))["top-1 err (%)"] == "20.00" and other[:2] == ["Other runs", "resnet34"]
-    tex = summary("--format", "latex").replace("% mean ±", "")
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 5 and tex.isascii()
-    assert r"data\_type synthetic" in tex and r"top-1 err (\%)" in tex
 
 
 def test_published_rows_are_the_papers():
