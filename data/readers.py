@@ -241,11 +241,11 @@ def _decode(folder: Path, files: list[Path], workers: int, read_only: bool) -> n
                 return arrays["images"]
     except Exception:  # missing, or damaged, for which every part of the format has an exception of its own
         pass  # made again
-    height, width = _pixels(files[0]).shape[:2]
+    height, width = read_pixels(files[0]).shape[:2]
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
 
     def decode(i: int) -> None:
-        pixels = _pixels(files[i])
+        pixels = read_pixels(files[i])
         if pixels.shape[:2] != (height, width):
             raise UserError(
                 f"{files[i]} is {pixels.shape[1]} x {pixels.shape[0]} pixels, {files[0]} {width} x {height}: resize the"
@@ -282,7 +282,7 @@ def _store(cache: Path, key: str, images: np.ndarray) -> None:
             part.unlink(missing_ok=True)
 
 
-def _pixels(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
     """(H, W, 3) uint8, RGB, of a JPEG or PNG file; transparency is dropped.
 
     A JPEG whose bytes were altered in the middle decodes to other pixels without an error: Pillow does not report it.

@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import resize
+from data.readers import read_pixels
 from models import load_run
 from models.exits import confidence
 from utils.flags import number_type
-from utils.runtime import UserError, first_line
+from utils.runtime import UserError
 
 BATCH_SIZE = 128  # images; on a CPU as fast per image as larger ones
 SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -32,8 +32,7 @@ def list_images(paths: list[Path]) -> list[Path]:
     """The files among the paths, and the images below the folders."""
     found = []
     for path in paths:
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        found += below
+        found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
     return found
 
 
@@ -43,11 +42,7 @@ def read_image(path: Path, info: dict) -> torch.Tensor:
     Raises:
         UserError: not an intact JPEG or PNG file.
     """
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            pixels = transforms.pil_to_tensor(image.convert("RGB")).permute(1, 2, 0).contiguous()
-    except Exception as e:  # each file format has exceptions of its own
-        raise UserError(f"{path} is not an intact JPEG or PNG image ({first_line(e)})") from None
+    pixels = torch.tensor(read_pixels(path))
     pixels = resize(pixels[None], info["image_size"])[0].permute(2, 0, 1)
     return transforms.normalize(pixels / 255, info["mean"], info["std"])
 
