@@ -46,17 +46,11 @@ def changed(content: bytes, **entries) -> bytes:
     return saved({**torch.load(io.BytesIO(content), weights_only=True), **entries})
 
 
-def flipped(content: bytes) -> bytes:
-    """One bit of one weight."""
-    at = len(content) // 2
-    return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
-
-
 BAD = {  # made of an intact file's bytes, and words of the message
     "empty": (lambda intact: b"", "is empty"),
     "truncated": (lambda intact: intact[: len(intact) // 2], "is truncated"),
     "zeros": (lambda intact: bytes(len(intact)), "truncated or not a checkpoint"),
-    "flipped bit": (lambda intact: flipped(intact), "is damaged: the checksum"),
+    "flipped bit": (lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 16]) + b[len(b) // 2 + 1 :], "checksum"),
     "text": (lambda intact: b"<html>404 not found</html>\n", "not a checkpoint"),
     "pickle with code": (lambda intact: pickle.dumps(RunsCode()), "not a checkpoint"),
     "archive with code": (lambda intact: saved({"model": RunsCode()}), "is not a checkpoint of this program"),
@@ -82,12 +76,19 @@ def test_a_bad_file_is_refused_in_one_line_and_the_previous_one_taken(name, copi
     assert note == f"{error.value}: continuing from {PREVIOUS}" and not Path("made by a checkpoint").exists()
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: None])
-def test_without_the_last_one_the_same_command_ends_in_the_same_weights(make, copied, finished, capsys):
+def other_settings(path: Path) -> None:
+    """An intact file, but with settings of the optimiser that the flags do not have."""
+    checkpoint = load_checkpoint(path.with_name(PREVIOUS))
+    checkpoint["optimizer"]["param_groups"][0] |= {"lr": 9.0, "momentum": 0.0, "weight_decay": 0.5, "nesterov": False}
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: None, other_settings])
+def test_whatever_became_of_the_last_one_the_same_command_ends_in_the_same_weights(make, copied, finished, capsys):
     (copied / LAST).unlink()
     make(copied / LAST)
     assert run(copied, *FLAGS) == 0
-    assert f"continuing from {copied / PREVIOUS}" in capsys.readouterr().out
+    assert f"continuing from {copied}" in capsys.readouterr().out
     ours, theirs = (load_checkpoint(directory / LAST) for directory in (copied, finished))
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
     assert ours["history"] == read_records(copied)
@@ -130,12 +131,3 @@ def test_an_entry_that_does_not_fit_the_flags_is_named(name, make, copied, capsy
     assert run(copied, *FLAGS) == 1
     assert f"{copied / LAST} does not fit: its {name} is of another run" in one_line(capsys)
     assert files(copied) == before
-
-
-def test_the_flags_decide_the_optimisers_settings_not_the_file(copied, finished):
-    checkpoint = load_checkpoint(copied / LAST)
-    checkpoint["optimizer"]["param_groups"][0] |= {"lr": 9.0, "momentum": 0.0, "weight_decay": 0.5, "nesterov": False}
-    torch.save(checkpoint, copied / LAST)
-    assert run(copied, *FLAGS) == 0
-    ours, theirs = (load_checkpoint(directory / LAST)["model"] for directory in (copied, finished))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -45,10 +45,9 @@ def bits(value):
 def content(directory: Path) -> dict[str, object]:
     """Everything in a run directory that must not depend on what happened to the run."""
     names = [str(file.relative_to(directory)).split("tfevents")[0] for file in files(directory)]  # one event file
-    found = {"files": sorted(names), "metrics.jsonl": read_records(directory)}
-    found |= {file.name: torch.load(file, weights_only=True) for file in directory.glob("*.pth")}
-    found |= {file.name: dict(np.load(file)) for file in directory.glob("*.npz")}
-    return bits(found | {name: read(directory, name) for name in ("config.json", "results.json")})
+    found = {file.name: torch.load(file, weights_only=True) for file in directory.glob("*.pth")}
+    found |= {"files": sorted(names), "results": read(directory), "records": read_records(directory)}
+    return bits(found | {"predictions": dict(np.load(directory / "predictions.npz"))})
 
 
 def in_child(directory: Path, started) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_crash import PROCESSES, bits
@@ -19,12 +18,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import main
 from data import build_loaders
 from loss import build_objective, trained_exits
-from models import build_model, load_run
+from models import build_model
 from utils import distributed
 from utils.engine import TrainStep, build_optimizer, predict, train_one_epoch
 
 CPU = torch.device("cpu")
-TOLERANCE = 1e-10
 COMBINATIONS = (
     "--PSKD --BYOT --DML",
     "--PSKD --BYOT --DML --classifier_type resnet34",  # exits of the other kind
@@ -120,7 +118,7 @@ def test_losses_gradients_weights_memory_and_validation_equal_those_of_one_proce
             assert found.keys() == expected.keys()  # also: which parameters have no gradient and are not decayed
             for name, value in expected.items():
                 error = (found[name] - value).abs().max() / value.abs().max().clamp(min=1e-300)
-                assert error <= TOLERANCE, (group, name)
+                assert error <= 1e-10, (group, name)
 
 
 def work(directory: Path, dying: int | None = None, *words: str) -> None:
@@ -140,22 +138,18 @@ def finished(tmp_path_factory) -> Path:
     return directory
 
 
-def test_a_run_of_two_processes_and_its_evaluation_by_one_and_two(finished, tmp_path, monkeypatch):
+def test_a_run_of_two_processes_and_its_evaluation_by_one_and_two(finished, tmp_path):
     assert len(read_records(finished)) == 3 and read(finished)["status"] == "finished"
     assert len(list((finished / "tensorboard").iterdir())) == 1 and read(finished, "config.json")["processes"] == 2
-    assert printed(finished.parent / "logs", 1) == ""
-    make_small(monkeypatch)
-    model, info = load_run(finished)
-    logits, labels = predict(model, build_loaders(info["args"], "cpu", split="val"), "fp32")
-    saved = np.load(finished / "predictions.npz")
-    assert np.array_equal(saved["labels"], labels.numpy())
-    found = np.concatenate([saved["exit_logits"], saved["logits"][None]])
-    np.testing.assert_allclose(found, logits.numpy(), rtol=1e-4, atol=1e-5)
     memory = torch.load(finished / "checkpoint_last.pth", weights_only=True)["objective"]["targets.memory"]
     torch.testing.assert_close(memory.sum(dim=1), torch.ones(40))
-    launch(2, tmp_path / "logs", val_only, finished, tmp_path / "again")
-    assert read(tmp_path / "again", "val.json")["val"] == pytest.approx(read(finished)["last"]["val"], rel=1e-6)
+    assert val_only(finished, tmp_path / "one") == 0
+    launch(2, tmp_path / "logs", val_only, finished, tmp_path / "two")
     assert "written to" in printed(tmp_path / "logs", 0) and printed(tmp_path / "logs", 1) == ""
+    ours = read(finished)["last"]["exits"]
+    for name in ("one", "two"):  # equal: rank 0's BatchNorm statistics were used for all images
+        theirs = read(tmp_path / name, "val.json")["exits"]
+        assert [metrics["nll"] for metrics in theirs] == pytest.approx([metrics["nll"] for metrics in ours], rel=1e-5)
 
 
 def test_a_restart_continues_from_the_checkpoint_though_overwrite_was_given(finished, tmp_path):
@@ -185,19 +179,14 @@ def as_rank(rank: int, port: int, log: Path, *words: str) -> None:
     raise SystemExit(run(log.parent / "run", "--batch_size", "12", *words))
 
 
-def start(rank: int, port: int, log: Path, *words: str):
-    process = PROCESSES.Process(target=as_rank, args=(rank, port, log, *words), daemon=True)
-    process.start()
-    return process
-
-
-DIFFERING = ["--lr=0.1", "--seed=5", "--run_name=other", "--limit_train=20", "--batch_size=6", "--val_only"]
-
-
-@pytest.mark.parametrize("word", DIFFERING)
+@pytest.mark.parametrize(
+    "word", ["--lr=1", "--seed=5", "--run_name=x", "--limit_train=9", "--batch_size=6", "--val_only"]
+)
 def test_processes_with_different_flags_end_in_one_line(word, finished, tmp_path):
     port, words = free_port(), ("--resume", str(finished)) if word == "--val_only" else ()
-    first, second = (start(r, port, tmp_path / str(r), *words, *([word] if r else [])) for r in (0, 1))
+    arguments = [(rank, port, tmp_path / str(rank), *words, *([word] if rank else [])) for rank in (0, 1)]
+    first, second = (PROCESSES.Process(target=as_rank, args=args, daemon=True) for args in arguments)
+    first.start(), second.start()
     first.join(60)
     second.kill()  # as torchrun does when one has ended
     second.join()
@@ -209,7 +198,8 @@ def test_processes_with_different_flags_end_in_one_line(word, finished, tmp_path
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_a_lonely_process_prints_that_it_waits_and_ends_at_a_signal(rank, number, tmp_path):
-    process = start(rank, free_port(), tmp_path / "log")
+    process = PROCESSES.Process(target=as_rank, args=(rank, free_port(), tmp_path / "log"), daemon=True)
+    process.start()
     while not (tmp_path / "log").exists() or "is waiting" not in (tmp_path / "log").read_text():
         assert process.is_alive()
         time.sleep(0.05)
