@@ -64,11 +64,11 @@ class NCHWStep(TrainStep):
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product of random numbers, the best of twenty."""
-    n, dtype = 8192 if device.type == "cuda" else 1024, torch.bfloat16 if precision == "bf16" else torch.float32
+    """FLOP/s of a large matrix product of random numbers, the best of a hundred."""
+    n, dtype = 8192 if device.type == "cuda" else 512, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(20):
+    for _ in range(100):
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
