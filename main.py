@@ -241,6 +241,8 @@ def evaluate_runs(args, given: set[str], device: torch.device) -> None:
         try:
             found[str(run)] = evaluate_checkpoint(run, args, given, device)
         except (UserError, OSError, MemoryError, RuntimeError) as e:
+            if distributed.world_size() > 1:
+                raise  # the error may be one process's, and the others wait for it
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
     if found and distributed.is_main():
         for name, record in found.items():
@@ -270,6 +272,8 @@ def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device)
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
+    if not all(isinstance(n, int) for value in values.values() if isinstance(value, list) for n in value):
+        fail("a list of something else than whole numbers")
     own = parse_args(flags.evaluation_argv(checkpoint["args"], vars(args), given, path), fail)
     set_up_torch(own.seed, device, own.precision)
     loader = build_loaders(own, device, split="val")

@@ -145,6 +145,8 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
         model = build_model(args, len(info["class_names"])).eval()
         trained = [1.0 if exit_ else None for exit_ in checkpoint["history"][-1]["exits"]]
         info["image_size"] = args.image_size
+        if args.image_size % 8 or not torch.tensor([info["mean"], info["std"]]).isfinite().all():
+            raise ValueError("image_size, mean or std")
     except (OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{path / file} is not of a complete run ({first_line(e)})") from None
     load_states(checkpoint, path / name, model=model)

@@ -71,8 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there instead of printing it")
     args = parser.parse_args(argv)
     try:
+        if args.csv:
+            args.csv.touch()  # before the work, not after it
         model, info = load_run(args.run, args.epoch)
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     if info["temperatures"] is None:

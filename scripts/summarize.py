@@ -126,7 +126,7 @@ def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Ru
             if run.seed in group:
                 raise ValueError(f"the same flags and seed as {group[run.seed].name}, which is used")
             group[run.seed] = run
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             left_out.append(f"{name} ({'no entry ' * isinstance(error, KeyError)}{error})")
     groups = [[group[seed] for seed in sorted(group)] for group in by_flags.values()]
     common = common_departures(groups)

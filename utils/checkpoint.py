@@ -71,8 +71,8 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path) -> dict:
     """The content of a JSON file; empty where it is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
