@@ -272,7 +272,7 @@ def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device)
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    if not all(isinstance(n, int) for value in values.values() if isinstance(value, list) for n in value):
+    if not all(isinstance(n, int) for value in checkpoint["args"].values() if isinstance(value, list) for n in value):
         fail("a list of something else than whole numbers")
     own = parse_args(flags.evaluation_argv(checkpoint["args"], vars(args), given, path), fail)
     set_up_torch(own.seed, device, own.precision)
