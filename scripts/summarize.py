@@ -221,6 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [path for path in args.runs if not path.exists()]:
         parser.error(f"{missing[0]} does not exist")
     groups, left_out = group_runs(find_runs(args.runs), "best" if args.best else "last")
+    if not groups:
+        parser.error(f"no finished run in {', '.join(map(str, args.runs))}" + "".join(f"; {why}" for why in left_out))
     if args.export:
         export(args.export, groups)
     remarks = [f"left out: {line}" for line in left_out]
