@@ -14,9 +14,7 @@ import main
 ROOT = Path(main.__file__).parent
 README = (ROOT / "README.md").read_text()
 SMALL = "--data_type synthetic --width 8 --limit_train 32 --limit_val 50 --end_epoch 1 --device cpu --precision fp32"
-NOT_MAIN = (
-    "help dry-run table out logdir pairs nproc_per_node threshold csv exit_entropy requirement configs epoch export"
-)
+NOT_MAIN = "all_classifiers help dry-run table out logdir pairs nproc_per_node threshold csv exit_entropy requirement configs epoch export"
 
 
 def block_after(text: str) -> str:
