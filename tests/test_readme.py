@@ -14,7 +14,10 @@ import main
 ROOT = Path(main.__file__).parent
 README = (ROOT / "README.md").read_text()
 SMALL = "--data_type synthetic --width 8 --limit_train 32 --limit_val 50 --end_epoch 1 --device cpu --precision fp32"
-NOT_MAIN = "all_classifiers help dry-run table out logdir pairs nproc_per_node threshold csv exit_entropy requirement configs epoch export"
+NOT_MAIN = (  # flags of the scripts, torchrun, pytest and the example
+    "help dry-run table out logdir pairs all_classifiers export threshold csv epoch configs nproc_per_node requirement"
+    " exit_entropy"
+)
 
 
 def block_after(text: str) -> str:
