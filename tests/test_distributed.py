@@ -169,6 +169,8 @@ def test_a_death_ends_the_run_and_fewer_processes_continue(tmp_path):
 
 def as_rank(rank: int, port: int, log: Path, *words: str) -> None:
     """main.py as process `rank` of two, without torchrun."""
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored where the tests run in the background
+        signal.signal(ending, signal.SIG_DFL)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in variables.items()}
     with open(log, "w") as f:
