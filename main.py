@@ -6,6 +6,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -21,7 +22,7 @@ import models
 from data import build_loaders
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
-from utils import distributed, flags, runtime
+from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, write_arrays, write_json
 from utils.cuda_graph import GraphedStep
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None, fail: Callable | None = None) -> a
         parser.exit(2, f"main.py: error: {e}\n")
     args = parser.parse_args(argv)
     if args.run_name is None:
-        args.run_name = default_run_name(args)
+        args.run_name = "val_only" if args.val_only else default_run_name(args)
     for package in (loss, data, models, flags):
         package.check_flags(args, parser.error)
     return args
@@ -79,15 +80,18 @@ def default_run_name(args) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 2 wrong flags, 128 + n
     after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     status = 1
     try:
-        with signals_raise(), distributed.process_group(args.device) as device:
+        with distributed.process_group(args.device) as device, contextlib.ExitStack() as stack:
+            if distributed.is_main():  # the other processes have nothing to save: signals just end them
+                stack.enter_context(signals_raise())
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
                 status = 2
                 raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
             if args.val_only:
-                evaluate_runs(args, flags.given_flags(build_parser(), argv), device)
+                evaluate_runs(args, argv, device)
             else:
                 set_up_torch(args.seed, device, args.precision)
                 train(args, device)
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if message is None:
             raise
     if not distributed.is_main():
-        distributed.leave_the_message_to_another()
+        distributed.let_rank_0_report()
         message = f"process {os.environ['RANK']}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     return status
@@ -110,8 +114,6 @@ def train(args, device: torch.device) -> None:
     with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
         checkpoint = run.open()
         if run.is_finished:
-            if run.is_main:
-                print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts anew")
             return
         train_loader, val_loader = build_loaders(args, device)
         model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
@@ -121,7 +123,7 @@ def train(args, device: torch.device) -> None:
         history = []
         if checkpoint:
             history = checkpoint["history"]
-            load_states(checkpoint, run.source or LAST, **states)
+            load_states(checkpoint, run.source, **states)
         network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
         step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
         if args.cuda_graph:
@@ -149,25 +151,24 @@ def train(args, device: torch.device) -> None:
                 raise not_finite(bad, epoch, args)
             start = time.perf_counter()
             logits, labels = predict(model, val_loader, args.precision)
-            if not run.is_main:
-                continue
-            measured = measure(logits, labels, epoch, args)
-            timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
-            alpha_t = objective.alpha_t
-            history.append({"epoch": epoch, "lr": lr, "alpha_t": alpha_t, **trained, **timing, **measured})
-            if epoch + 1 == args.end_epoch and args.save_predictions:
-                save_predictions(run, logits, labels)
-            run.save(lambda: {name: owner.state_dict() for name, owner in states.items()}, history)
-            logger.epoch(history[-1])
+            if run.is_main:
+                measured = measure(logits, labels, epoch, args)
+                timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
+                settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
+                history.append({**settings, **trained, **timing, **measured})
+                run.save(lambda: {name: owner.state_dict() for name, owner in states.items()}, history)
+                logger.epoch(history[-1])
 
         if logits is None:  # the run had been stopped after its last epoch
             logits, labels = predict(model, val_loader, args.precision)
-            if run.is_main and args.save_predictions:
-                save_predictions(run, logits, labels)
         test = None
         if args.val_split is not None:
-            test = evaluate_test_split(args, device, run, model, val_loader, history)
+            test = evaluate_test_split(args, device, run, model, val_loader)
         if run.is_main:
+            if args.save_predictions:
+                run.check_lock()
+                exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
+                write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
             results = run.write_records(history, "running", test)
             logger.finish(vars(args), results, logits[-1], labels, val_loader)
             logger.say(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median) on {facts['device_name']}")
@@ -193,31 +194,21 @@ def not_finite(what: str, epoch: int, args) -> UserError:
     )
 
 
-def save_predictions(run: RunDirectory, logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """predictions.npz: `logits` (M, K), `exit_logits` (B-1, M, K) where there are exits, `labels` (M,)."""
-    run.check_lock()
-    exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
-    write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
-
-
-def evaluate_test_split(args, device, run: RunDirectory, model, val_loader, history: list[dict]) -> dict:
+def evaluate_test_split(args, device, run: RunDirectory, model, val_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
     complete in rank 0."""
     loader = build_loaders(args, device, split="test")
-    trained = trained_exits(args)
-    # The best epoch may lie before a checkpoint of another directory that the run continued from, and be gone.
-    best = distributed.from_main(lambda: load_checkpoint(run.path / BEST) if (run.path / BEST).exists() else None)
-    test = {}
-    for name in ("last", "best") if best else ("last",):
-        epoch = best["epoch"] if name == "best" else args.end_epoch - 1
-        if name == "best" and epoch == args.end_epoch - 1:
-            test["best"] = test.get("last")
+    trained, test = trained_exits(args), {}
+    for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
+        # The best epoch may lie before a checkpoint of another directory that the run continued from, and be gone.
+        checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
+        if checkpoint is None:
             continue
-        if name == "best":
-            load_states(best, BEST, model=model)
+        load_states(checkpoint, file, model=model)
         heldout, tested = (predict(model, part, args.precision) for part in (val_loader, loader))
         if not run.is_main:
             continue
+        epoch = checkpoint["epoch"]
         record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
@@ -228,39 +219,37 @@ def evaluate_test_split(args, device, run: RunDirectory, model, val_loader, hist
     return test
 
 
-def evaluate_runs(args, given: set[str], device: torch.device) -> None:
+def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
     """`--val_only`: evaluate a checkpoint, or the last one of every run under a directory; print, and write val.json.
 
     Raises:
         UserError: a run could not be evaluated (after all others were).
     """
     path = Path(args.resume)
-    runs = distributed.from_main(lambda: [] if (path / LAST).exists() else sorted(f.parent for f in path.rglob(LAST)))
+    is_one = distributed.from_main(lambda: path.is_file() or (path / LAST).exists())
+    runs = [path] if is_one else distributed.from_main(lambda: sorted(file.parent for file in path.rglob(LAST)))
     found, failed = {}, []
-    for run in runs or [path]:
+    for run in runs:
         try:
-            found[str(run)] = evaluate_checkpoint(run, args, given, device)
+            found[str(run)] = evaluate_checkpoint(run, argv, device)
         except (UserError, OSError, MemoryError, RuntimeError) as e:
-            if distributed.world_size() > 1:
-                raise  # the error may be one process's, and the others wait for it
+            if is_one or distributed.world_size() > 1:  # of several processes, the others may wait for this one
+                raise
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
     if found and distributed.is_main():
         for name, record in found.items():
             print(name, *results_table({"last": record}), sep="\n")
-        run_name = args.run_name if "run_name" in given else "val_only"
-        directory = Path(args.experiments_dir, run_name)
+        directory = Path(args.experiments_dir, args.run_name)
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "val.json", found if runs else found[str(path)])
+        write_json(directory / "val.json", found[str(path)] if is_one else found)
         print(f"written to {directory / 'val.json'}")
-    if failed and not runs:
-        raise UserError(failed[0])
-    if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs could not be evaluated: {'; '.join(failed)}")
+    if failed or not runs:
+        raise UserError(f"{len(failed)} of {len(runs)} runs in {path} could not be evaluated: {'; '.join(failed)}")
 
 
-def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device) -> dict:
-    """The metrics of a checkpoint, with the network and the images of its own flags; data_path, device and precision
-    may be given beside it.
+def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> dict:
+    """The metrics of a checkpoint, with the network and the images of its own flags; the command line `argv` says
+    where and how to compute.
 
     Raises:
         UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing.
@@ -272,9 +261,11 @@ def evaluate_checkpoint(path: Path, args, given: set[str], device: torch.device)
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    if not all(isinstance(n, int) for value in checkpoint["args"].values() if isinstance(value, list) for n in value):
-        fail("a list of something else than whole numbers")
-    own = parse_args(flags.evaluation_argv(checkpoint["args"], vars(args), given, path), fail)
+    saved = checkpoint["args"]
+    experiment = {name: value for name, value in saved.items() if name not in flags.RUNTIME_FLAGS - {"data_path"}}
+    own = parse_args([*flags.to_argv(experiment), *argv], fail)  # of a flag that is given twice, the last one counts
+    if changes := flags.differences(saved, vars(own) | {"precision": saved.get("precision")}):
+        raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
     set_up_torch(own.seed, device, own.precision)
     loader = build_loaders(own, device, split="val")
     model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
@@ -296,5 +287,9 @@ def describe(args, model, train_loader, val_loader, device_name: str) -> str:
 
 
 if __name__ == "__main__":
-    with runtime.usable_streams():
-        sys.exit(main())
+    exit_status = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None  # a pager that was left: Python, too, flushes at its end, and would complain
+    sys.exit(exit_status)

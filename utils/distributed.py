@@ -5,7 +5,6 @@ Every function also works, at no cost, in a single process.
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -45,6 +44,16 @@ def num_local() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if num_launched() > 1 else 1
 
 
+def is_main() -> bool:
+    """True in rank 0, the one process that writes files and prints."""
+    return num_launched() == 1 or os.environ["RANK"] == "0"
+
+
+def is_local_main() -> bool:
+    """True in one process of each machine."""
+    return num_launched() == 1 or os.environ["LOCAL_RANK"] == "0"
+
+
 def is_restart() -> bool:
     """True where torchrun (`--max_restarts`) has started these processes because earlier ones died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
@@ -62,7 +71,7 @@ def local_device(name: str) -> torch.device:
 def process_group(name: str):
     """Join the other processes, over NCCL on GPUs and gloo on CPUs; gives this process's device.
 
-    Processes other than rank 0 have nothing to save, so signals end them at once.
+    Joining blocks outside Python: signals should end the process by themselves until it is done.
 
     Raises:
         UserError: another process is gone.
@@ -73,7 +82,6 @@ def process_group(name: str):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL, and pickled objects on their way, use the current GPU
-    handlers = default_signals()  # joining blocks outside Python, where no handler of ours would run
     text = f"process {os.environ['RANK']} of {num_launched()} is waiting for the others to start"
     notice = threading.Timer(5, lambda: print(text, file=sys.stderr, flush=True))
     notice.daemon = True
@@ -90,9 +98,6 @@ def process_group(name: str):
         raise UserError(f"the processes could not join each other ({first_line(e)})") from None
     finally:
         notice.cancel()
-    if is_main():
-        for signal_number, handler in handlers.items():
-            signal.signal(signal_number, handler)
     try:
         yield device
     except RuntimeError as e:
@@ -104,10 +109,10 @@ def process_group(name: str):
     dist.destroy_process_group()
 
 
-def default_signals() -> dict:
-    """Let SIGINT, SIGTERM and SIGHUP end this process at once; returns the handlers before."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return {n: signal.signal(n, signal.SIG_DFL) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+def let_rank_0_report() -> None:
+    """For another rank with an error that rank 0 most likely reports too: torchrun ends all processes once one has
+    ended, so this one waits for that. If it is still there afterwards, it is the only one with an error."""
+    time.sleep(10)
 
 
 def rank() -> int:
@@ -116,23 +121,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    """True in rank 0, the one process that writes files and prints."""
-    return num_launched() == 1 or os.environ["RANK"] == "0"
-
-
-def is_local_main() -> bool:
-    """True in one process of each machine."""
-    return num_launched() == 1 or os.environ["LOCAL_RANK"] == "0"
-
-
-def leave_the_message_to_another() -> None:
-    """For a process whose error another one reports too. torchrun ends all once one has ended, so this one waits to
-    be ended; if it is still there after that, it is the only one with an error."""
-    default_signals()
-    time.sleep(10)
 
 
 def shard(num_items: int) -> slice:
@@ -153,17 +141,16 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
 def from_main(make: Callable):
     """What `make()`, called in rank 0 alone, returns (anything that pickles), on every process; or the UserError that
     it raises."""
-    if world_size() == 1:
-        return make()
     value = error = None
     if is_main():
         try:
             value = make()
         except UserError as e:
             error = e
-    box = [value, error]
-    dist.broadcast_object_list(box, src=0)
-    value, error = box
+    if world_size() > 1:
+        shared = [value, error]
+        dist.broadcast_object_list(shared, src=0)
+        value, error = shared
     if error is not None:
         raise error
     return value

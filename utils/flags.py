@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from utils import distributed
-from utils.runtime import UserError, has_bf16_instructions
+from utils.runtime import has_bf16_instructions
 
 # The flags that say where and how a run is computed or stored. All others define the experiment.
 RUNTIME_FLAGS = frozenset(
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
-            distributed.leave_the_message_to_another()
+            distributed.let_rank_0_report()
             self.exit(2)
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().error(message)
@@ -186,29 +186,6 @@ def _check_paths(fail, args: argparse.Namespace) -> None:
             fail(f"argument --{name}: {value!r} is not a directory")
     if args.resume is not None and not os.path.exists(args.resume):
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
-
-
-def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
-    """The names of the flags that the command line gives."""
-    unset = object()
-    names = vars(parser.parse_args([]))
-    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-    return {name for name, value in vars(values).items() if value is not unset}
-
-
-def evaluation_argv(saved: dict, args: dict, given: set[str], path: Path) -> list[str]:
-    """The command line that evaluates the checkpoint `path`: its flags `saved`, and of this command's, `args`, those
-    that say where and how to compute.
-
-    Raises:
-        UserError: a flag among those `given` in this command contradicts the checkpoint's.
-    """
-    may_differ = RUNTIME_FLAGS | {"precision"}
-    if differ := differences(saved, saved | {name: args[name] for name in given - may_differ}):
-        raise UserError(f"{path} was trained with other flags: {', '.join(differ)}")
-    values = {n: v for n, v in saved.items() if n in args and n not in RUNTIME_FLAGS - {"data_path"}}
-    values |= {n: args[n] for n in (given & may_differ) | {"device", "val_only", "resume", "experiments_dir"}}
-    return to_argv(values)
 
 
 def to_argv(values: dict) -> list[str]:

@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import os
 import platform
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -30,22 +28,6 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int):
         self.number = number
-
-
-@contextlib.contextmanager
-def usable_streams():
-    """Around a command: standard streams that can be used whatever the caller left of them."""
-    for number, stream in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, stream) is None:  # closed by the caller; open() takes the lowest number that is free
-            setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (until the process ends)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
-    try:
-        yield
-    finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # a pager that was left; Python, too, flushes at its end, and would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -81,8 +63,7 @@ def describe_error(error: Exception, args) -> str | None:
     if isinstance(error, BrokenPipeError):
         return f"standard output: {error.strerror}"
     if isinstance(error, OSError):
-        name = error.filename2 or error.filename  # the second one is where a file was to be renamed to
-        path = os.fsdecode(name) if name else Path(args.experiments_dir, args.run_name)
+        path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
     chain, e = [], error  # an error inside a graph capture hides the one that caused it
     while e is not None:
