@@ -167,40 +167,41 @@ def test_a_death_ends_the_run_and_fewer_processes_continue(tmp_path):
     assert [start["processes"] for start in read(tmp_path / "run", "config.json")["starts"]] == [3, 1]
 
 
-def as_rank(rank: int, port: int, log: Path, *words: str) -> None:
-    """main.py as process `rank` of two, without torchrun."""
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored where the tests run in the background
-        signal.signal(ending, signal.SIG_DFL)
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in variables.items()}
-    with open(log, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    timer = threading.Timer
-    threading.Timer = lambda seconds, action: timer(seconds / 50, action)  # the notice that it waits
-    raise SystemExit(run(log.parent / "run", "--batch_size", "12", *words))
+def disagree(directory: Path, word: str, *words: str) -> None:
+    """main.py in this process, with one more word on the command line of rank 1."""
+    raise SystemExit(run(directory, "--batch_size", "12", *words, *([word] if os.environ["RANK"] == "1" else [])))
 
 
 @pytest.mark.parametrize(
     "word", ["--lr=1", "--seed=5", "--run_name=x", "--limit_train=9", "--batch_size=6", "--val_only"]
 )
 def test_processes_with_different_flags_end_in_one_line(word, finished, tmp_path):
-    port, words = free_port(), ("--resume", str(finished)) if word == "--val_only" else ()
-    arguments = [(rank, port, tmp_path / str(rank), *words, *([word] if rank else [])) for rank in (0, 1)]
-    first, second = (PROCESSES.Process(target=as_rank, args=args, daemon=True) for args in arguments)
-    first.start(), second.start()
-    first.join(60)
-    second.kill()  # as torchrun does when one has ended
-    second.join()
-    log = (tmp_path / "0").read_text()
-    assert first.exitcode == 2 and f"error: {word.split('=')[0]} differs between the processes" in log
-    assert "Traceback" not in log and (tmp_path / "1").read_text().count("error") == 0
-    assert not (tmp_path / "run").exists()
+    words = ("--resume", str(finished)) if word == "--val_only" else ()
+    with pytest.raises(ChildFailedError) as error:
+        launch(2, tmp_path / "logs", disagree, tmp_path / "run", word, *words)
+    log = printed(tmp_path / "logs", 0)
+    assert error.value.get_first_failure()[1].exitcode == 2 and "Traceback" not in log
+    assert f"error: {word.split('=')[0]} differs between the processes" in log
+    assert "error" not in printed(tmp_path / "logs", 1) and not (tmp_path / "run").exists()
+
+
+def be_lonely(rank: int, port: int, log: Path) -> None:
+    """main.py as process `rank` of two, without torchrun and without the other."""
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored where the tests run in the background
+        signal.signal(ending, signal.SIG_DFL)
+    os.environ |= dict(variable.split("=") for variable in VARIABLES.split())
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    timer = threading.Timer
+    threading.Timer = lambda seconds, action: timer(seconds / 50, action)  # the notice that it waits
+    run(log.parent / "run", "--batch_size", "12")
 
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_a_lonely_process_prints_that_it_waits_and_ends_at_a_signal(rank, number, tmp_path):
-    process = PROCESSES.Process(target=as_rank, args=(rank, free_port(), tmp_path / "log"), daemon=True)
+    process = PROCESSES.Process(target=be_lonely, args=(rank, free_port(), tmp_path / "log"), daemon=True)
     process.start()
     while not (tmp_path / "log").exists() or "is waiting" not in (tmp_path / "log").read_text():
         assert process.is_alive()
@@ -211,7 +212,7 @@ def test_a_lonely_process_prints_that_it_waits_and_ends_at_a_signal(rank, number
     assert (tmp_path / "log").read_text() == f"process {rank} of 2 is waiting for the others to start\n"
 
 
-VARIABLES = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_PORT=1 MASTER_ADDR=localhost"
+VARIABLES = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_PORT=1 MASTER_ADDR=127.0.0.1"
 WRONG = ["WORLD_SIZE=x", "RANK=-1", "RANK=2", "MASTER_PORT=x", "MASTER_ADDR=", "TORCHELASTIC_RESTART_COUNT=x"]
 
 

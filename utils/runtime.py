@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import platform
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -104,34 +105,28 @@ def machine_facts(device: torch.device, processes: int = 1) -> dict:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        models = [value for key, value in _cpu_info() if key == "model name"]
-        name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+        model = re.search(r"model name\s*: (.+)", _cpu_info())
+        name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
     versions = (platform.python_version(), torch.__version__, torchvision.__version__)
     return dict(zip(MACHINE_FACTS, (*versions, name, processes, _git_commit()), strict=True))
 
 
 def has_bf16_instructions() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; without, bf16 is slower than float32."""
-    words = {word for key, value in _cpu_info() if key in ("flags", "Features") for word in value.split()}
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpu_info().split())
 
 
-def _cpu_info() -> list[tuple[str, str]]:
-    """(key, value) pairs of Linux's /proc/cpuinfo; none elsewhere."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        pairs = [line.partition(":") for line in f]
-        return [(key.strip(), value.strip()) for key, _, value in pairs]
-    return []
+def _cpu_info() -> str:
+    """Linux's description of the processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def _git_commit() -> str | None:
     """The commit of this code, marked where files differ from it; None outside a repository."""
-    git = functools.partial(
-        subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-    )
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
     try:
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit} with changes" if changed else commit
+    return git.stdout.strip()
