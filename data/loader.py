@@ -11,12 +11,10 @@ from data.readers import Split
 from utils import distributed
 from utils.runtime import UserError
 
-# Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32. One batch alone is too little work for the
-# launches of its dozen kernels; sixteen make them a small part of a step, for 25 MB of float32. On a CPU there is
-# nothing to launch, and one batch at a time stays in its cache.
+# Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
+# for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
 CHUNK_PIXELS = 16 * 128 * 32 * 32
-# Pixels in an evaluation batch: 512 images of 32 x 32, on a GPU 2,048. Nothing is learned there, so the size decides
-# speed and memory only, and larger images come in smaller batches.
+# Pixels in an evaluation batch: 512 or 2,048 images of 32 x 32. The size decides speed and memory only.
 EVALUATION_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 2048 * 32 * 32}
 
 
@@ -75,9 +73,8 @@ class Loader:
             last = self.num_samples % batch_size or batch_size
             if last < distributed.world_size():
                 raise UserError(
-                    f"the last training batch holds {last} of {self.num_samples} images, fewer "
-                    f"than the {distributed.world_size()} processes: change --batch_size "
-                    f"({batch_size}) or --limit_train"
+                    f"the last training batch holds {last} of {self.num_samples} images, fewer than the"
+                    f" {distributed.world_size()} processes: change --batch_size ({batch_size}) or --limit_train"
                 )
 
     def set_epoch(self, epoch: int) -> None:
