@@ -126,9 +126,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         rows = np.flatnonzero(labels == label)
         num = max(1, round(fraction * len(rows)))
         if num >= len(rows):
-            raise UserError(
-                f"--val_split {fraction} leaves no image of class {label}, which has {len(rows)}, to train on"
-            )
+            raise UserError(f"--val_split {fraction} leaves no image to train on of class {label} ({len(rows)} images)")
         held_out[rows[torch.randperm(len(rows), generator=random)[:num].numpy()]] = True
     return held_out
 

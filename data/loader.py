@@ -25,8 +25,8 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 class Loader:
-    """Iterating yields (images (N, 3, S, S) float32, normalised, channels_last; labels (N,) int64;
-    index (N,) int64, the row in the split), all on the device; the last, smaller batch is kept.
+    """Iterating yields (images (N, 3, S, S) float32, normalised, channels_last; labels (N,) int64; index (N,) int64,
+    the row in the split), all on the device; the last, smaller batch is kept.
 
     With `augmentation` (a key of `augment.KINDS`) it is a training loader: order and augmentation of each epoch are
     functions of (seed, epoch) alone, and each process gets its shard of every batch. Without, it is an evaluation
@@ -113,7 +113,8 @@ class Loader:
                 images = apply(images, chunk[:, 1:], self.image_size)
             # NHWC in memory, seen as NCHW: that is channels_last
             images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
-            yield from zip(*(part.split(chunk_sizes) for part in (images, self.labels[index], index)), strict=True)
+            labels = self.labels[index]
+            yield from zip(images.split(chunk_sizes), labels.split(chunk_sizes), index.split(chunk_sizes), strict=True)
 
     def describe(self) -> dict:
         """What is needed to use a network that was trained on these images."""

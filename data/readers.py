@@ -61,12 +61,11 @@ def read_cifar(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -
     folder, archive = root / kind.base_folder, root / kind.filename
     if not folder.is_dir() and (root / "train").is_dir():
         images = read_folder(root, workers, read_only)
-        size = images.train.images.shape[1:3]
-        found = (len(images.class_names), len(images.train.labels), len(images.test.labels), *size)
+        found = (len(images.class_names), len(images.train.labels), *images.test.images.shape[:3])
         expected = (100 if kind is CIFAR100 else 10, *CIFAR_SIZES, 32, 32)
         if found != expected:
-            text = f"its classes, training images, test images, height and width are {found}, not {expected}"
-            raise UserError(f"{root} is not {kind.__name__}: {text}; use --data_type folder")
+            text = f"{root} is not {kind.__name__}: its classes, training images, test images, height and width are"
+            raise UserError(f"{text} {found}, not {expected}; use --data_type folder")
         return images
     checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
     checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
