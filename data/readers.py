@@ -165,7 +165,9 @@ def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Ite
             yield
     except Exception as e:
         damaged = [str(path) for path, md5 in checksums.items() if path.exists() and not check_integrity(path, md5)]
-        problem = f"the checksum of {', '.join(damaged)} is wrong" if damaged else f"{folder} lacks the data set"
+        problem = f"{folder} lacks files of the data set"
+        if damaged:
+            problem = f"the checksum of {', '.join(damaged)} is wrong"
         reason = "--val_only downloads nothing" if read_only else first_line(e)
         raise UserError(
             f"{problem}, and {archive.name} could not be fetched ({reason}): put that file into {folder}, or use"
