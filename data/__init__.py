@@ -1,8 +1,8 @@
 """The data sets, one row each, their flags, and the loaders of their splits."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,53 +19,38 @@ from utils.runtime import UserError
 
 
 class Dataset(NamedTuple):
-    """`read` as data/readers.py describes it; `augmentation` is a key of `augment.KINDS`; image_size is in pixels; mean
-    and std are of RGB in 0..1, None to measure them on the training images."""
+    """Mean and std are of RGB in 0..1, None to measure them on the training images."""
 
     num_classes: int | None  # None: as many as the files have
-    image_size: int
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
-    augmentation: str
-    read: Callable[[Path, int, bool], Images]
+    augmentation: str  # a key of augment.KINDS
+    read: Callable[[Path, int, bool], Images]  # as data/readers.py describes it
 
 
-CIFAR_MEAN, CIFAR_STD = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2023, 0.1994, 0.2010),
-)  # CIFAR-10's, the published script's for both
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the published script's
+# The published script's; CIFAR-10's stand for both.
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-read_cifar10 = functools.partial(readers.read_cifar, CIFAR10)
-read_cifar100 = functools.partial(readers.read_cifar, CIFAR100)
 DATASETS = {
-    "cifar100": Dataset(100, 32, CIFAR_MEAN, CIFAR_STD, "crop", read_cifar100),
-    "cifar10": Dataset(10, 32, CIFAR_MEAN, CIFAR_STD, "crop", read_cifar10),
-    "tinyimagenet": Dataset(200, 32, IMAGENET_MEAN, IMAGENET_STD, "resized_crop", readers.read_tiny_imagenet),
-    "folder": Dataset(None, 32, None, None, "crop", readers.read_folder),
-    "synthetic": Dataset(100, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "crop", synthetic.read),
+    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR100)),
+    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR10)),
+    "tinyimagenet": Dataset(200, IMAGENET_MEAN, IMAGENET_STD, "resized_crop", readers.read_tiny_imagenet),
+    "folder": Dataset(None, None, None, "crop", readers.read_folder),
+    "synthetic": Dataset(100, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "crop", synthetic.read),
 }
 
 
 def add_flags(parser) -> None:
     group = parser.add_argument_group("data")
-    number = functools.partial(add_number, group)
-    group.add_argument(
-        "--data_type",
-        choices=list(DATASETS),
-        default="cifar100",
-        metavar="NAME",
-        help=f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
-        " test/<class>/*; synthetic needs no files)",
-    )
-    group.add_argument(
-        "--data_path",
-        default="./datasets",
-        metavar="DIR",
-        help="where data sets are or are downloaded to (default: %(default)s)",
-    )
+    number = partial(add_number, group)
+    text = f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
+    text += " test/<class>/*; synthetic needs no files)"
+    group.add_argument("--data_type", choices=list(DATASETS), default="cifar100", metavar="NAME", help=text)
+    text = "where data sets are or are downloaded to (default: %(default)s)"
+    group.add_argument("--data_path", default="./datasets", metavar="DIR", help=text)
     text = "pixels, a multiple of 8; images of another size are resized"
-    number("--image_size", int, None, 16, 512, text, "32 for every data set, as in the paper")
+    number("--image_size", int, 32, 16, 512, text, "paper")
     number("--workers", int, 8, 0, 1024, "threads that decode image files, once", "training needs none")
     number("--classes", int, None, 2, 10**6, "use only the first N classes", "all")
     text = "use only N training images, the first of each class, after --val_split"
@@ -76,13 +61,12 @@ def add_flags(parser) -> None:
 
 
 def check_flags(args: Namespace, fail) -> None:
-    """Resolve the image size, check the classes; `fail(message)` reports an error and does not return."""
-    dataset = DATASETS[args.data_type]
-    args.image_size = args.image_size or dataset.image_size
+    """Check image size and classes; `fail(message)` reports an error and does not return."""
     if args.image_size % 8:
         fail(f"argument --image_size: {args.image_size} is not a multiple of 8")
-    if args.classes is not None and args.classes > (dataset.num_classes or args.classes):
-        fail(f"argument --classes: {args.classes} is more than the {dataset.num_classes} of {args.data_type}")
+    num_classes = DATASETS[args.data_type].num_classes
+    if args.classes is not None and num_classes is not None and args.classes > num_classes:
+        fail(f"argument --classes: {args.classes} is more than the {num_classes} of {args.data_type}")
 
 
 def build_loaders(args: Namespace, device: torch.device | str, split: str | None = None):
@@ -95,46 +79,39 @@ def build_loaders(args: Namespace, device: torch.device | str, split: str | None
     Raises:
         UserError: files that are missing or damaged, or flags that the data cannot meet.
     """
-    row = DATASETS[args.data_type]
-    data = distributed.local_main_first(lambda: row.read(Path(args.data_path), args.workers, args.val_only))
-    num_classes = args.classes or len(data.class_names)
-    if num_classes > len(data.class_names):
-        raise UserError(f"--classes {num_classes}: {args.data_type} has {len(data.class_names)} classes")
-    train_rows, test_rows = (np.flatnonzero(part.labels < num_classes) for part in (data.train, data.test))
-    val, val_rows = data.test, test_rows
+    dataset = DATASETS[args.data_type]
+    read = partial(dataset.read, Path(args.data_path), args.workers, args.val_only)
+    train, test, class_names = distributed.local_main_first(read)
+    if args.classes is not None:
+        if args.classes > len(class_names):
+            raise UserError(f"--classes {args.classes}: {args.data_type} has {len(class_names)} classes")
+        class_names = class_names[: args.classes]
+        train, test = (part.select(part.labels < args.classes) for part in (train, test))
+    val = test
     if args.val_split is not None:
-        held_out = hold_out(data.train.labels[train_rows], args.val_split, args.seed)
-        val, val_rows, train_rows = data.train, train_rows[held_out], train_rows[~held_out]
-    mean, std = row.mean, row.std
+        held_out = hold_out(train.labels, args.val_split, args.seed)
+        train, val = train.select(~held_out), train.select(held_out)
+    mean, std = dataset.mean, dataset.std
     if mean is None:
-        mean, std = channel_statistics(data.train.images, train_rows)
+        mean, std = channel_statistics(train.images)
 
-    def loader(source: Split, rows: np.ndarray, limit: int | None, **training) -> Loader:
-        rows = rows[first_of_each_class(source.labels[rows], limit)]
-        if len(rows) == 0:
-            raise UserError(f"no image is left of {args.data_type} with --classes {num_classes}")
-        chosen = Split(np.ascontiguousarray(source.images[rows]), source.labels[rows])
-        names = data.class_names[:num_classes]
-        return Loader(chosen, names, mean, std, args.image_size, torch.device(device), **training)
+    def loader(part: Split, limit: int | None, **training) -> Loader:
+        part = part.select(first_of_each_class(part.labels, limit))
+        return Loader(part, class_names, mean, std, args.image_size, torch.device(device), **training)
 
-    if split == "test":
-        return loader(data.test, test_rows, args.limit_val)
-    val_loader = loader(val, val_rows, args.limit_val)
-    if split == "val":
-        return val_loader
-    training = {"augmentation": row.augmentation, "batch_size": args.batch_size, "seed": args.seed}
-    return loader(data.train, train_rows, args.limit_train, **training), val_loader
+    if split is not None:
+        return loader({"val": val, "test": test}[split], args.limit_val)
+    training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
+    return loader(train, args.limit_train, **training), loader(val, args.limit_val)
 
 
-def channel_statistics(images: np.ndarray, rows: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of RGB in 0..1 over the pixels of images[rows], (M, H, W, 3) uint8."""
-    counts = np.zeros((3, 256))
-    for some in np.array_split(rows, len(rows) // 500 + 1):  # at once, it would take many times the images' memory
-        counts += [np.bincount(images[some, :, :, c].ravel(), minlength=256) for c in range(3)]
-    levels = np.arange(256) / 255
-    mean = (counts * levels).sum(axis=1) / counts.sum(axis=1)
-    variance = (counts * levels**2).sum(axis=1) / counts.sum(axis=1) - mean**2
-    return mean.tolist(), np.sqrt(np.maximum(variance, 1e-4)).tolist()  # of images of one colour it would be 0
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of RGB in 0..1 over the pixels of images (M, H, W, 3) uint8."""
+    num_pixels = images[..., 0].size
+    mean = np.einsum("mhwc -> c", images, dtype=np.float64) / num_pixels / 255
+    square = np.einsum("mhwc, mhwc -> c", images, images, dtype=np.float64) / num_pixels / 255**2
+    variance = np.maximum(square - mean**2, 1e-4)  # of images of one colour it would be 0
+    return mean.tolist(), np.sqrt(variance).tolist()
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -149,20 +126,16 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         rows = np.flatnonzero(labels == label)
         num = max(1, round(fraction * len(rows)))
         if num >= len(rows):
-            raise UserError(
-                f"--val_split {fraction} leaves no image to train on of class {label}, which has {len(rows)}"
-            )
+            raise UserError(f"--val_split {fraction} leaves no image to train on of class {label} ({len(rows)} images)")
         held_out[rows[torch.randperm(len(rows), generator=random)[:num].numpy()]] = True
     return held_out
 
 
 def first_of_each_class(labels: np.ndarray, limit: int | None) -> np.ndarray:
-    """Rows, in order, of at most `limit` images out of labels (M,): the first of every class, then the
+    """Rows, in order, of at most `limit` images (None: all) out of labels (M,): the first of every class, then the
     second of every class, and so on, so that classes are as even as the number allows."""
-    if limit is None or limit >= len(labels):
-        return np.arange(len(labels))
     turn = np.zeros(len(labels), dtype=np.int64)  # 0 for the first image of its class, 1 for the second ...
     for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        turn[rows] = np.arange(len(rows))
+        of_class = labels == label
+        turn[of_class] = np.arange(of_class.sum())
     return np.sort(np.lexsort((labels, turn))[:limit])

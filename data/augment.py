@@ -1,8 +1,7 @@
 """Random crops and flips: drawn per image, applied to complete batches on the images' device.
 
-Each kind is a pair. `draw` makes all the random numbers of an epoch on the CPU, as one int64 table with
-one row per image, so that they are the same on every device and processes can slice them; `apply` does the
-pixels and has no randomness left.
+Each kind is a pair. `draw` makes all the random numbers of an epoch on the CPU, one int64 row per image, so that they
+are the same on every device and processes can slice them; `apply` does the pixels and has no randomness left.
 """
 
 import math
@@ -16,8 +15,8 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform; the same
 
 
 def draw_crops(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """(num, 3) int64 rows of top, left, flip: top and left in 0..2p within the image padded by
-    p = height // 8 (4 at 32 px, as the script), flip with probability 1/2."""
+    """(num, 3) int64 rows of top, left, flip: top and left in 0..2p within the image padded by p = height // 8 (4 at
+    32 px, as the script), flip with probability 1/2."""
     offsets = torch.randint(2 * (height // 8) + 1, (num, 2), generator=generator)
     return torch.cat([offsets, torch.randint(2, (num, 1), generator=generator)], dim=1)
 
@@ -38,11 +37,8 @@ def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """(num, 5) int64 rows of top, left, box height, box width, flip, by RandomResizedCrop's rule.
-
-    The first of ten boxes that fits the image; where none fits, the largest central box of a ratio
-    within bounds.
-    """
+    """(num, 5) int64 rows of top, left, box height, box width, flip, by RandomResizedCrop's rule: the first of ten
+    boxes that fits the image; where none fits, the largest central box of a ratio within bounds."""
     area, ratio = torch.rand(2, num, ATTEMPTS, generator=generator, dtype=torch.float64)
     area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * area)
     ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio)
@@ -78,11 +74,11 @@ def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.
 
 
 def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor:
-    """(N, size, source) float32, rows adding up to 1: output pixel i of image n as a mean of its source
-    pixels start[n] .. start[n] + length[n] - 1, in reverse where flip[n].
+    """(N, size, source) float32, rows adding up to 1: output pixel i of image n as a mean of its source pixels
+    start[n] .. start[n] + length[n] - 1, in reverse where flip[n].
 
-    A triangle around the output's centre, one output pixel wide each side and never less than one
-    source pixel, cut off at the box.
+    A triangle around the output's centre, one output pixel wide each side and never less than one source pixel, cut
+    off at the box.
     """
     start, length, flip = (numbers.float()[:, None, None] for numbers in (start, length, flip))
     step = length / size

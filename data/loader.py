@@ -11,12 +11,10 @@ from data.readers import Split
 from utils import distributed
 from utils.runtime import UserError
 
-# Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32. One batch alone is too little work for the
-# launches of its dozen kernels; sixteen make them a small part of a step, for 25 MB of float32. On a CPU there is
-# nothing to launch, and one batch at a time stays in its cache.
+# Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
+# for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
 CHUNK_PIXELS = 16 * 128 * 32 * 32
-# Pixels in an evaluation batch: 512 images of 32 x 32, on a GPU 2,048. Nothing is learned there, so the size decides
-# speed and memory only, and larger images come in smaller batches.
+# Pixels in an evaluation batch: 512 or 2,048 images of 32 x 32. The size decides speed and memory only.
 EVALUATION_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 2048 * 32 * 32}
 
 
@@ -27,8 +25,8 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 class Loader:
-    """Iterating yields (images (N, 3, S, S) float32, normalised, channels_last; labels (N,) int64;
-    index (N,) int64, the row in the split), all on the device; the last, smaller batch is kept.
+    """Iterating yields (images (N, 3, S, S) float32, normalised, channels_last; labels (N,) int64; index (N,) int64,
+    the row in the split), all on the device; the last, smaller batch is kept.
 
     With `augmentation` (a key of `augment.KINDS`) it is a training loader: order and augmentation of each epoch are
     functions of (seed, epoch) alone, and each process gets its shard of every batch. Without, it is an evaluation
@@ -75,9 +73,8 @@ class Loader:
             last = self.num_samples % batch_size or batch_size
             if last < distributed.world_size():
                 raise UserError(
-                    f"the last training batch holds {last} of {self.num_samples} images, fewer "
-                    f"than the {distributed.world_size()} processes: change --batch_size "
-                    f"({batch_size}) or --limit_train"
+                    f"the last training batch holds {last} of {self.num_samples} images, fewer than the"
+                    f" {distributed.world_size()} processes: change --batch_size ({batch_size}) or --limit_train"
                 )
 
     def set_epoch(self, epoch: int) -> None:
@@ -116,7 +113,8 @@ class Loader:
                 images = apply(images, chunk[:, 1:], self.image_size)
             # NHWC in memory, seen as NCHW: that is channels_last
             images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
-            yield from zip(*(part.split(chunk_sizes) for part in (images, self.labels[index], index)), strict=True)
+            labels = self.labels[index]
+            yield from zip(images.split(chunk_sizes), labels.split(chunk_sizes), index.split(chunk_sizes), strict=True)
 
     def describe(self) -> dict:
         """What is needed to use a network that was trained on these images."""

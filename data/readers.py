@@ -8,10 +8,8 @@ import contextlib
 import hashlib
 import io
 import os
-import stat
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,16 +18,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from tqdm import tqdm
 
-from utils import distributed
+from utils.checkpoint import write_atomic
 from utils.runtime import UserError, first_line
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 CIFAR_SIZES = (50_000, 10_000)  # training and test images of both
 CACHE = "decoded-images.npz"
+Samples = list[tuple[str, int]]  # (file, label) pairs, as torchvision's make_dataset lists them
 
 
 class Split(NamedTuple):
@@ -37,6 +37,10 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+    def select(self, rows: np.ndarray) -> "Split":
+        """A copy of the rows at these positions, or where a mask (M,) is true."""
+        return Split(np.ascontiguousarray(self.images[rows]), self.labels[rows])
 
 
 class Images(NamedTuple):
@@ -49,84 +53,49 @@ class Images(NamedTuple):
 
 def read_cifar(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -> Images:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test images (M, 32, 32, 3), from torchvision's files or, where
-    those are missing, from folders of classes; else downloaded.
+    those are missing, from folders of classes, whose sorted names are its label order; else downloaded.
 
     Raises:
-        UserError: damaged files by name, or files that are missing and cannot be fetched.
+        UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
     """
-    folder = root / kind.base_folder
+    folder, archive = root / kind.base_folder, root / kind.filename
     if not folder.is_dir() and (root / "train").is_dir():
-        return _cifar_of_folders(kind, root, workers, read_only)
-    try:
-        parts = [kind(root, train=train) for train in (True, False)]
-    except (OSError, RuntimeError):
-        files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
-        damaged = [str(folder / name) for name, md5 in files if _is_damaged(folder / name, md5)]
-        problem = f"the checksum of {damaged[0]} is wrong" if damaged else f"{folder} is missing or not complete"
-        with fetching(root / kind.filename, kind.tgz_md5, problem, read_only):
-            parts = [kind(root, train=train, download=True) for train in (True, False)]
-    train, test = (Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
-    return Images(train, test, parts[0].classes)
-
-
-def _cifar_of_folders(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -> Images:
-    """The same images from folders of classes; sorted class names are both sets' label order."""
-    images = read_folder(root, workers, read_only)
-    classes = 100 if kind is CIFAR100 else 10
-    height, width = images.train.images.shape[1:3]
-    counts = [np.bincount(split.labels) for split in (images.train, images.test)]
-    train, test = (" to ".join(map(str, sorted({count.min(), count.max()}))) for count in counts)
-    contents = "{} classes of {} training and {} test images of {} x {} pixels".format
-    found = contents(len(images.class_names), train, test, width, height)
-    expected = contents(classes, *(num // classes for num in CIFAR_SIZES), 32, 32)
-    if found != expected:
-        raise UserError(f"{root} is not {kind.__name__}: it has {found}, not {expected}; use --data_type folder")
-    return images
+        images = read_folder(root, workers, read_only)
+        found = (len(images.class_names), len(images.train.labels), *images.test.images.shape[:3])
+        expected = (100 if kind is CIFAR100 else 10, *CIFAR_SIZES, 32, 32)
+        if found != expected:
+            text = f"{root} is not {kind.__name__}: its classes, training images, test images, height and width are"
+            raise UserError(f"{text} {found}, not {expected}; use --data_type folder")
+        return images
+    checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
+    checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
+    with _fetching(archive, checksums, read_only):
+        train, test = (kind(root, train=is_train, download=not read_only) for is_train in (True, False))
+    splits = [Split(part.data, np.array(part.targets)) for part in (train, test)]
+    return Images(*splits, train.classes)
 
 
 def read_folder(root: Path, workers: int, read_only: bool) -> Images:
     """`train/<class>/*` and `test/` or `val/<class>/*`, JPEG or PNG files of one size; sorted class names are the
-    labels, sorted file names the order.
+    labels, sorted file names the order; what is hidden is left out.
 
     Raises:
         UserError: a class that is empty or in one split only, a file that is not an image, or images of two sizes.
     """
     test_name = "test" if (root / "test").is_dir() else "val"
-    listed = [_list_classes(root / name) for name in ("train", test_name)]
-    for one, other, name in ((0, 1, test_name), (1, 0, "train")):
-        if only := sorted(listed[one].keys() - listed[other].keys()):
-            raise UserError(f"{root}: class {only[0]} has no folder in {name}/")
-    files = [file for classes in listed for of_class in classes.values() for file in of_class]
-    images = _decode(root, files, workers, read_only)
-    labels = [np.repeat(np.arange(len(classes)), [len(f) for f in classes.values()]) for classes in listed]
-    train, test = images[: len(labels[0])], images[len(labels[0]) :]
-    return Images(Split(train, labels[0]), Split(test, labels[1]), list(listed[0]))
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its files, both sorted; hidden files are left out."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory; --data_type folder needs train/<class>/ and test/<class>/")
-    return {entry.name: _list_files(entry) for entry in _list_files(folder, "class folder")}
-
-
-def _list_files(folder: Path, kind: str = "image") -> list[Path]:
-    """What a folder holds, sorted, less what is hidden; `kind` is what it should hold."""
-    try:
-        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    except OSError as e:
-        raise UserError(f"{folder} cannot be read as a folder ({e.strerror})") from None
-    if not files:
-        raise UserError(f"{folder} holds no {kind}")
-    return files
+    class_names, train = _list_images(root / "train")
+    test_class_names, test = _list_images(root / test_name)
+    in_one = set(class_names) ^ set(test_class_names)
+    if in_one:
+        raise UserError(f"{root}: class {min(in_one)} has no folder in one of train/ and {test_name}/")
+    return _load(root, class_names, train, test, workers, read_only)
 
 
 def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
     """Tiny-ImageNet in its official layout, 200 classes, images (M, H, W, 3) at the files' own size, usually 64 x 64:
 
-        wnids.txt                        one class id per line
         words.txt                        class id, tab, names; not needed
-        train/<wnid>/images/*.JPEG
+        train/<class id>/images/*.JPEG
         val/images/*.JPEG
         val/val_annotations.txt          file, tab, class id, ...
 
@@ -134,88 +103,74 @@ def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
     validation files in the annotations' order.
 
     Raises:
-        UserError: the first file that is missing, damaged or unexpected, by name.
+        UserError: files that are missing, damaged or unexpected.
     """
     name = "tiny-imagenet-200"
     folder = root if root.name == name or (root / "wnids.txt").exists() else root / name
+    archive = folder.with_name(f"{name}.zip")
     if not folder.is_dir():
-        archive = folder.with_name(f"{name}.zip")
-        with fetching(archive, TINY_IMAGENET_MD5, f"{folder} is missing", read_only):
+        with _fetching(archive, {archive: TINY_IMAGENET_MD5}, read_only):
+            if read_only:
+                raise FileNotFoundError
             download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
                 extract_archive(archive, unpacked)
                 os.rename(Path(unpacked) / name, folder)
-    wnids = sorted(set(_lines(folder / "wnids.txt")))
-    if len(wnids) != 200 or not all(wnid.isalnum() for wnid in wnids):
-        raise UserError(f"{folder / 'wnids.txt'} does not list 200 class ids: unpack {name}.zip again")
-    train = [_list_files(folder / "train" / wnid / "images") for wnid in wnids]
-    annotations, val_images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
-    label_of, val = {wnid: label for label, wnid in enumerate(wnids)}, {}
-    for line in _lines(annotations):
-        file, wnid = [*line.split("\t"), ""][:2]
-        if wnid not in label_of or "/" in file or not file.isprintable() or val_images / file in val:
-            raise UserError(f"{annotations} gives {file!r} the class {wnid!r}: not one name and one id of wnids.txt")
-        val[val_images / file] = label_of[wnid]
-    if unlisted := sorted(set(_list_files(val_images)) ^ val.keys()):
-        raise UserError(f"{unlisted[0]} is missing, or has no class in {annotations}: unpack {name}.zip again")
-    images = _decode(folder, [file for files in train for file in files] + list(val), workers, read_only)
-    labels = np.repeat(np.arange(200), [len(files) for files in train])
+
+    class_ids, train = _list_images(folder / "train")
+    if len(class_ids) != 200:
+        raise UserError(f"{folder / 'train'} has {len(class_ids)} classes, not 200: unpack {archive.name} again")
+    _, val_files = _list_images(folder / "val")
+    annotations = folder / "val" / "val_annotations.txt"
+    try:
+        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+        val = [(str(folder / "val" / "images" / file), class_ids.index(class_id)) for file, class_id in rows]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{annotations} is damaged ({first_line(e)}): unpack {archive.name} again") from None
+    if sorted(file for file, _ in val) != [file for file, _ in val_files]:
+        raise UserError(f"{annotations} does not list each file of val/images once: unpack {archive.name} again")
     words = folder / "words.txt"
-    names = dict(line.split("\t", 1) for line in _lines(words) if "\t" in line) if words.is_file() else {}
-    return Images(
-        Split(images[: len(labels)], labels),
-        Split(images[len(labels) :], np.array(list(val.values()))),
-        [names.get(wnid, wnid).split(",")[0][:80] for wnid in wnids],  # a caption, however long the file's line
-    )
+    lines = words.read_text(errors="replace").splitlines() if words.exists() else []
+    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    class_names = [names.get(class_id, class_id).split(",")[0] for class_id in class_ids]
+    return _load(folder, class_names, train, val, workers, read_only)
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    _stat(path)
+def _list_images(folder: Path) -> tuple[list[str], Samples]:
+    """The classes, subfolders of `folder`, and the files in them, all sorted by name."""
+
+    def is_image(path: str) -> bool:  # neither hidden nor Tiny-ImageNet's bounding boxes
+        return "/." not in path.removeprefix(str(folder)) and not path.endswith("_boxes.txt")
+
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _stat(path: Path) -> os.stat_result:
-    """Size and times of a regular file; of a pipe or a device, reading might never end."""
-    try:
-        facts = path.stat()
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
-    if not stat.S_ISREG(facts.st_mode):
-        raise UserError(f"{path} is not a regular file")
-    return facts
-
-
-def _is_damaged(path: Path, md5: str) -> bool:
-    return path.exists() and not check_integrity(str(path), md5)
+        classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+        labels = {name: label for label, name in enumerate(classes)}
+        return classes, make_dataset(folder, labels, is_valid_file=is_image)
+    except (OSError, ValueError) as e:  # no such folder, no class in it, or a class without files
+        raise UserError(f"{folder}/<class>/ must hold the images of each class: {first_line(e)}") from None
 
 
 @contextlib.contextmanager
-def fetching(archive: Path, md5: str, problem: str, read_only: bool) -> Iterator[None]:
-    """Around torchvision's download helpers, which raise a dozen types for network, disk and archive.
+def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Iterator[None]:
+    """Around torchvision's downloads, which print, and raise a dozen types for network, disk and archive.
 
     Raises:
-        UserError: for all of them; the remedy is the same, the archive by hand.
+        UserError: for all of them; the files whose checksum is wrong, and the remedy, the archive by hand.
     """
     folder = archive.parent
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        if read_only:
-            raise OSError("--val_only downloads nothing; give --data_path")
-        folder.mkdir(parents=True, exist_ok=True)
-        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        with quiet:
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     except Exception as e:
-        if _is_damaged(archive, md5):
-            problem += f", the checksum of {archive} is wrong"
+        damaged = [str(path) for path, md5 in checksums.items() if path.exists() and not check_integrity(path, md5)]
+        problem = f"{folder} lacks files of the data set"
+        if damaged:
+            problem = f"the checksum of {', '.join(damaged)} is wrong"
+        reason = "--val_only downloads nothing" if read_only else first_line(e)
         raise UserError(
-            f"{problem}, and {archive.name} could not be fetched ({first_line(e)}): put that file into {folder}, or use"
+            f"{problem}, and {archive.name} could not be fetched ({reason}): put that file into {folder}, or use"
             " --data_type synthetic, which needs no files"
         ) from None
     finally:
@@ -224,65 +179,51 @@ def fetching(archive: Path, md5: str, problem: str, read_only: bool) -> Iterator
                 path.rmdir()
 
 
-def _decode(folder: Path, files: list[Path], workers: int, read_only: bool) -> np.ndarray:
-    """(len(files), H, W, 3) uint8, from the cache in `folder`, or decoded and then cached there.
+def _load(folder: Path, class_names: list[str], train: Samples, test: Samples, workers: int, read_only: bool) -> Images:
+    """The images of both splits' files, from the cache in `folder`, or decoded and then cached there.
 
     The cache is used if its checksum is right and it was made of files of these names, sizes and times.
     """
-    facts = [
-        (str(file.relative_to(folder)), info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        for file, info in zip(files, map(_stat, files), strict=True)
-    ]
+    samples = train + test
+    facts = []
+    for file, _ in samples:
+        info = os.stat(file)
+        facts.append((os.path.relpath(file, folder), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     cache = folder / CACHE
-    try:
-        with np.load(cache) as arrays:  # reading verifies the zip's checksums
-            if str(arrays["key"]) == key:
-                return arrays["images"]
-    except Exception:  # missing, or damaged, for which every part of the format has an exception of its own
-        pass  # made again
-    height, width = read_pixels(files[0]).shape[:2]
+    images = None
+    # Missing, or damaged, for which every part of the format has an exception of its own: made again.
+    with contextlib.suppress(Exception), np.load(cache) as arrays:  # reading verifies the zip's checksums
+        if str(arrays["key"]) == key:
+            images = arrays["images"]
+    if images is None:
+        images = _decode([file for file, _ in samples], workers)
+        if not read_only:
+            content = io.BytesIO()
+            np.savez(content, key=key, images=images)
+            try:
+                write_atomic(cache, content.getbuffer())
+            except UserError as e:
+                print(f"note: every start decodes the images again: {e}", file=sys.stderr)
+    labels = np.array([label for _, label in samples])
+    num = len(train)
+    return Images(Split(images[:num], labels[:num]), Split(images[num:], labels[num:]), class_names)
+
+
+def _decode(files: list[str], workers: int) -> np.ndarray:
+    """(len(files), H, W, 3) uint8, RGB; `workers` threads, as processes would import from the working directory."""
+    height, width, _ = read_pixels(files[0]).shape
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
-
-    def decode(i: int) -> None:
-        pixels = read_pixels(files[i])
-        if pixels.shape[:2] != (height, width):
-            raise UserError(
-                f"{files[i]} is {pixels.shape[1]} x {pixels.shape[0]} pixels, {files[0]} {width} x {height}: resize the"
-                " images to one size"
-            )
-        images[i] = pixels
-
-    hidden = not (distributed.is_main() and sys.stderr.isatty())
-    with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
-        tasks = pool.map(decode, range(len(files)))
-        try:
-            for _ in tqdm(tasks, f"decoding {folder.name}", len(files), unit="img", leave=False, disable=hidden):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if not read_only:
-        _store(cache, key, images)
+    # Closing the results cancels what has not begun, after an error or a signal.
+    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(read_pixels, files)) as results:
+        for i, pixels in enumerate(tqdm(results, "decoding", len(files), unit="img", leave=False, disable=None)):
+            if pixels.shape != images.shape[1:]:
+                raise UserError(f"{files[i]} and {files[0]} are not of one size: resize the images")
+            images[i] = pixels
     return images
 
 
-def _store(cache: Path, key: str, images: np.ndarray) -> None:
-    part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")  # process ids recur in containers
-    try:
-        with open(part, "xb") as f:
-            np.savez(f, key=key, images=images)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, cache)
-    except OSError as e:
-        print(f"note: {cache} cannot be written ({e.strerror}): every start decodes the images again", file=sys.stderr)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def read_pixels(path: Path) -> np.ndarray:
+def read_pixels(path: str | Path) -> np.ndarray:
     """(H, W, 3) uint8, RGB, of a JPEG or PNG file; transparency is dropped.
 
     A JPEG whose bytes were altered in the middle decodes to other pixels without an error: Pillow does not report it.

@@ -12,31 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_data import build, random_images
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import data
 from data import readers
-from main import parse_args
 from utils.runtime import UserError
 
-WNIDS, IMAGE = [f"n{number:08d}" for number in range(1000, 1200)], Image.effect_noise((20, 24), 99)
-LIST, NOTES = "tiny-imagenet-200/wnids.txt", "tiny-imagenet-200/val/val_annotations.txt"
-
-
-def build(name, root, *words):
-    words = ["--data_type", name, "--data_path", str(root), "--device", "cpu", "--precision", "fp32", *words]
-    return data.build_loaders(parse_args(words), "cpu")
+CLASS_IDS, IMAGE = [f"n{number:08d}" for number in range(1000, 1200)], Image.effect_noise((20, 24), 99)
+TINY = "tiny-imagenet-200"
+NOTES = f"{TINY}/val/val_annotations.txt"
 
 
 def error_of(name, root, *words):
     with pytest.raises(UserError) as caught:
-        build(name, root, *words)
+        build("--data_type", name, "--data_path", root, *words)
     assert str(caught.value).isprintable()
     return str(caught.value)
-
-
-def random_images(num, height, width):
-    return np.random.RandomState(num).randint(0, 256, (num, height, width, 3)).astype(np.uint8)
 
 
 def write_classes(folder, images, labels, names, kind="png"):
@@ -55,31 +47,34 @@ def root(tmp_path, monkeypatch):
 
 
 def write_tiny_imagenet(root):
-    """One training and one validation image for each of 200 classes; wnids.txt and annotations in reverse order."""
-    tiny, labels = root / "tiny-imagenet-200", np.arange(200)
-    write_classes(tiny / "train", random_images(200, 24, 20), labels, [f"{wnid}/images" for wnid in WNIDS])
+    """One training and one validation image of each of 200 classes; annotations in reverse order."""
+    tiny, labels = root / TINY, np.arange(200)
+    write_classes(tiny / "train", random_images(200, 24, 20), labels, [f"{name}/images" for name in CLASS_IDS])
     write_classes(tiny / "val", random_images(200, 24, 20), 0 * labels, ["images"])
-    (root / LIST).write_text("\n".join(reversed(WNIDS)))
-    (tiny / "words.txt").write_text(f"{WNIDS[0]}\tgoldfish, Carassius auratus\n")
-    (root / NOTES).write_text("".join(f"{n:04}.png\t{WNIDS[n]}\t0\t0\t19\t15\n" for n in reversed(labels)))
+    (tiny / "train" / CLASS_IDS[0] / f"{CLASS_IDS[0]}_boxes.txt").touch()
+    (tiny / "wnids.txt").write_text("\n".join(CLASS_IDS))
+    (tiny / "words.txt").write_text(f"{CLASS_IDS[0]}\tgoldfish, Carassius auratus\n")
+    (root / NOTES).write_text("".join(f"{n:04}.png\t{CLASS_IDS[n]}\t0\t0\t19\t15\n" for n in reversed(labels)))
 
 
 @pytest.mark.parametrize(
-    "num_classes, per_class, height, width, kind, test_name",
-    [(2, 1, 16, 16, "png", "test"), (3, 4, 24, 40, "jpg", "val"), (11, 2, 32, 32, "png", "val")],
+    "num_classes, height, width, kind, test_name", [(3, 24, 40, "jpg", "test"), (11, 32, 32, "png", "val")]
 )
-def test_folder_of_classes(tmp_path, num_classes, per_class, height, width, kind, test_name):
-    names, labels = [f"class {n}" for n in range(num_classes)], np.arange(num_classes * per_class) % num_classes
+def test_folder_of_classes(tmp_path, num_classes, height, width, kind, test_name):
+    names, labels = [f"class {n}" for n in range(num_classes)], np.arange(2 * num_classes) % num_classes
     for folder in ("train", test_name):
         write_classes(tmp_path / folder, random_images(len(labels), height, width), labels, names, kind)
     files = sorted(tmp_path.glob("train/*/*"))
-    (tmp_path / "train" / names[0] / ".hidden").touch()
+    for hidden in (".class", f"{names[0]}/.folder"):
+        (tmp_path / "train" / hidden).mkdir()
+        shutil.copy(files[0], tmp_path / "train" / hidden)
+    (tmp_path / "train" / names[0] / ".DS_Store").touch()
     train, test, class_names = readers.read_folder(tmp_path, 2, False)
     assert class_names == sorted(names) and len(test.labels) == len(labels)  # "class 10" before "class 2"
     assert [class_names[label] for label in train.labels] == [file.parent.name for file in files]
     assert (train.images == np.stack([np.asarray(Image.open(file)) for file in files])).all()
-    _, val = build("folder", tmp_path, "--classes", "2")
-    pixels = train.images[: 2 * per_class] / 255
+    _, val = build("--data_type", "folder", "--data_path", tmp_path, "--classes", "2")
+    pixels = train.images[:4] / 255
     np.testing.assert_allclose([val.mean, val.std], [pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))], rtol=1e-6)
     assert "--classes 12: folder has" in error_of("folder", tmp_path, "--classes", "12")
     assert "--val_split 0.9 leaves no image" in error_of("folder", tmp_path, "--val_split", "0.9")
@@ -87,47 +82,49 @@ def test_folder_of_classes(tmp_path, num_classes, per_class, height, width, kind
 
 def test_tiny_imagenet_archive_is_unpacked_and_read_in_order(root, monkeypatch):
     write_tiny_imagenet(root)
-    archive = shutil.make_archive(root / "new" / "tiny-imagenet-200", "zip", root, "tiny-imagenet-200")
+    new = root / "new"
+    archive = shutil.make_archive(new / TINY, "zip", root, TINY)
     monkeypatch.setattr(readers, "TINY_IMAGENET_MD5", hashlib.md5(Path(archive).read_bytes()).hexdigest())
-    train, val, names = readers.read_tiny_imagenet(root / "new", 2, False)
-    assert build("tinyimagenet", root / "new")[1].mean == [0.485, 0.456, 0.406]
+    with pytest.raises(UserError, match="--val_only downloads nothing"):
+        readers.read_tiny_imagenet(new, 2, read_only=True)
+    assert os.listdir(new) == [f"{TINY}.zip"]
+    train, val, names = readers.read_tiny_imagenet(new, 2, False)
+    assert sorted(os.listdir(new)) == [TINY, f"{TINY}.zip"]
+    _, loader = build("--data_type", "tinyimagenet", "--data_path", new / TINY)
+    assert (loader.mean, loader.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert train.labels.tolist() == list(range(200)) and val.labels.tolist() == list(reversed(range(200)))
     assert (train.images == random_images(200, 24, 20)).all() and (val.images[::-1] == train.images).all()
-    assert names == ["goldfish", *WNIDS[1:]]
-    (root / "new" / "tiny-imagenet-200").rename(root / "new" / "other")
+    assert names == ["goldfish", *CLASS_IDS[1:]]
+    (new / TINY).rename(new / "other")
     os.truncate(archive, 99)
-    assert f"the checksum of {archive} is wrong" in error_of("tinyimagenet", root / "new")
-    assert "could not be fetched" in error_of("tinyimagenet", root / "er") and not (root / "er").exists()
+    assert f"the checksum of {archive} is wrong" in error_of("tinyimagenet", new)
+    assert f"put that file into {root / 'er'}, or" in error_of("tinyimagenet", root / "er")
+    assert not (root / "er").exists()
 
 
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("folder", lambda r: (r / "train/d").mkdir(), "train/d holds no image"),
-        ("folder", lambda r: shutil.rmtree(r / "test/b"), "class b has no folder in test/"),
-        ("folder", lambda r: shutil.rmtree(r / "train/b"), "class b has no folder in train/"),
-        ("folder", lambda r: (r / "train/x").touch(), "train/x cannot be read as a folder (Not a directory)"),
-        ("folder", lambda r: IMAGE.save(r / "test/c/x.JPEG", "bmp"), "test/c/x.JPEG is not an intact JPEG or PNG"),
-        ("folder", lambda r: Image.new("I;16", (20, 24)).save(r / "test/c/x", "png"), "test/c/x is not an intact"),
-        ("folder", lambda r: IMAGE.resize((24, 20)).save(r / "test/c/x", "png"), "test/c/x is 24 x 20 pixels"),
+        ("folder", lambda r: shutil.rmtree(r / "train"), "No such file or directory: '{root}/train'"),
+        ("folder", lambda r: (r / "train/d").mkdir(), "{root}/train/<class>/ must hold the images of each class"),
+        ("folder", lambda r: shutil.rmtree(r / "test/b"), "class b has no folder in one of train/ and test/"),
+        ("folder", lambda r: shutil.rmtree(r / "train/b"), "class b has no folder in one of train/ and test/"),
+        ("folder", lambda r: IMAGE.save(r / "test/c/x.JPEG", "bmp"), "{root}/test/c/x.JPEG is not an intact JPEG"),
+        ("folder", lambda r: Image.new("I;16", (20, 24)).save(r / "test/c/x", "png"), "16-bit grey"),
+        ("folder", lambda r: IMAGE.resize((24, 20)).save(r / "test/c/x", "png"), "test/c/x and {root}/train/a/0000"),
         ("folder", lambda r: [IMAGE.save(r / "test/c/x", "jpeg"), os.truncate(r / "test/c/x", 500)], "test/c/x is not"),
-        ("folder", lambda r: (r / "train/a/x").symlink_to("nothing"), "train/a/x cannot be read"),
-        ("folder", lambda r: os.mkfifo(r / "train/a/x"), "train/a/x is not a regular file"),
-        ("tinyimagenet", lambda r: [(r / LIST).unlink(), os.mkfifo(r / LIST)], "wnids.txt is not a regular file"),
-        ("tinyimagenet", lambda r: (r / LIST).write_text("\n".join(WNIDS[1:])), "wnids.txt does not list 200"),
-        ("tinyimagenet", lambda r: (r / LIST).write_text("\0\n".join(WNIDS)), "wnids.txt does not list 200"),
-        ("tinyimagenet", lambda r: (r / NOTES).write_text("0007.png\tn5"), f"{NOTES} gives '0007.png' the class 'n5'"),
-        ("tinyimagenet", lambda r: (r / NOTES).write_text(f"../0007.png\t{WNIDS[7]}"), "gives '../0007.png' the class"),
-        ("tinyimagenet", lambda r: (r / NOTES).write_text(f"\0\t{WNIDS[7]}"), "gives '\\x00' the class"),
-        ("tinyimagenet", lambda r: (r / NOTES).write_text(f"0007.png\t{WNIDS[7]}\n" * 2), "gives '0007.png' the class"),
-        ("tinyimagenet", lambda r: (r / NOTES).write_text(""), "val/images/0000.png is missing, or has no class in"),
+        ("tinyimagenet", lambda r: shutil.rmtree(r / TINY / "train" / CLASS_IDS[9]), "train has 199 classes, not 200"),
+        ("tinyimagenet", lambda r: (r / NOTES).unlink(), "{root}/tiny-imagenet-200/val/val_annotations.txt is damaged"),
+        ("tinyimagenet", lambda r: (r / NOTES).write_text("0007.png\n"), "val_annotations.txt is damaged"),
+        ("tinyimagenet", lambda r: (r / NOTES).write_text("0007.png\tn5"), "val_annotations.txt is damaged"),
+        ("tinyimagenet", lambda r: (r / NOTES).write_text(2 * (r / NOTES).read_text()), "does not list each file"),
+        ("tinyimagenet", lambda r: (r / TINY / "val/images/0007.png").unlink(), "does not list each file"),
     ],
 )
 def test_bad_files_are_named(root, name, damage, words):
-    if name == "tinyimagenet":
-        write_tiny_imagenet(root)
+    write_tiny_imagenet(root)
     damage(root)
-    assert words in error_of(name, root) and not list(root.rglob(readers.CACHE))
+    assert words.format(root=root) in error_of(name, root) and not list(root.rglob(readers.CACHE))
 
 
 @pytest.fixture(params=[CIFAR10, CIFAR100])
@@ -136,7 +133,7 @@ def cifar(request, root, monkeypatch):
     kind, classes, contents = request.param, 10 if request.param is CIFAR10 else 100, {}
     names = [f"name {n:02}" for n in range(classes)]
     for part, num in (("train", 3 * classes), ("test", classes)):
-        images, labels = random_images(num, 32, 32), np.random.RandomState(0).permutation(num) % classes
+        images, labels = random_images(num), np.random.RandomState(0).permutation(num) % classes
         write_classes(root / "folders" / part, images, labels, names)
         contents[part] = {"data": images.transpose(0, 3, 1, 2).reshape(num, -1), "labels": labels.tolist()}
     contents["meta"] = {kind.meta["key"]: names}
@@ -150,15 +147,16 @@ def cifar(request, root, monkeypatch):
     return kind.__name__.lower(), root / kind.base_folder, root / "folders"
 
 
-def test_cifar_pickles_and_folders_give_the_same_images(cifar):
+def test_cifar_pickles_and_folders_give_the_same_images(cifar, capfd):
     name, pickles, folders = cifar
     rows = []
-    for train, val in (build(name, pickles.parent), build(name, folders)):
+    for path in (pickles.parent, folders):
+        train, val = build("--data_type", name, "--data_path", path)
         assert train.class_names[3] == "name 03" and train.augmentation == "crop"
         assert (train.mean, train.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
         parts = [zip(part.images, part.labels, strict=True) for part in (train, val)]
         rows.append([sorted((image.numpy().tobytes(), int(label)) for image, label in part) for part in parts])
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] and capfd.readouterr() == ("", "")
 
 
 def test_damaged_wrong_or_missing_cifar_is_named_and_leaves_no_empty_folders(cifar):
@@ -168,9 +166,10 @@ def test_damaged_wrong_or_missing_cifar_is_named_and_leaves_no_empty_folders(cif
         file.write_bytes(content[:-1] + b"?")
         assert f"the checksum of {file} is wrong" in error_of(name, pickles.parent)
         file.write_bytes(content)
-    assert "could not be fetched" in error_of(name, folders / "new" / "er") and not (folders / "new").exists()
+    missing = folders / "new" / "er"
+    assert f"put that file into {missing}, or use" in error_of(name, missing) and not (folders / "new").exists()
     shutil.copytree(folders / "train/name 03", folders / "train/name 04", dirs_exist_ok=True)
-    assert "classes of 3 to 6 training and 1 test images of 32 x 32 pixels, not" in error_of(name, folders)
+    assert f"{folders} is not {name.upper()}" in error_of(name, folders)
 
 
 def test_cache_is_used_until_a_file_changes(root, monkeypatch):
@@ -192,7 +191,7 @@ def test_damaged_cache_is_not_used(root, capsys):
     cache, expected = root / readers.CACHE, readers.read_folder(root, 1, False).train.images
     good = cache.read_bytes()
     damaged = [b"", good[:-1], good[: len(good) // 2], bytes(len(good)), b"\x93NUMPY\1\0"]
-    for i in (*range(400), *range(400, len(good) - 400, 997), *range(len(good) - 400, len(good))):
+    for i in (*range(0, 400, 5), *range(400, len(good) - 400, 997), *range(len(good) - 400, len(good), 5)):
         damaged.append(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :])
     for content in damaged:
         cache.write_bytes(content)
@@ -200,10 +199,9 @@ def test_damaged_cache_is_not_used(root, capsys):
         assert cache.read_bytes() == content
     cache.unlink()
     cache.mkdir()  # so that it cannot be written
-    (root / "decoded-other.npz").touch()
     assert (readers.read_folder(root, 1, False).train.images == expected).all()
-    assert f"note: {cache} cannot be written" in capsys.readouterr().err
-    assert sorted(os.listdir(root)) == [readers.CACHE, "decoded-other.npz", "test", "train"]
+    assert f"{cache} cannot be written" in capsys.readouterr().err
+    assert sorted(os.listdir(root)) == [readers.CACHE, "test", "train"]
 
 
 def test_nothing_is_imported_from_the_working_directory(root, tmp_path):
