@@ -1,18 +1,16 @@
 """Train the runs of one table of the paper. scripts/table1.sh to table4.sh call this with their table's number.
 
-usage: scripts/table1.sh [ROW...] [--dry-run] [-- FLAG...]
-
-  ROW        a row number (8), a range (1-8) or a network (resnet18); several are allowed (default: all rows)
-  --dry-run  print the commands, to be run in the repository's root, and train nothing
-  FLAG...    flags of main.py for every run, e.g. -- --precision bf16. They become part of the run's name,
-             except those that do not change the experiment (--workers, --device, --compile, ...).
+  ROW          a row number (8), a range (1-8) or a network (resnet18); several are allowed (default: all rows)
+  --dry-run    print the commands, to be run in the repository's root, and train nothing
+  FLAG         flags of main.py for every run, e.g. -- --precision bf16. They become part of the run's name,
+               except those that do not change the experiment (--workers, --device, --compile, ...).
 environment variables
-  SEEDS="1 2 3"    seeds of every row (default: 4)
-  JOBS=n           concurrent runs (default: 1). With several, the longest rows start first, the CPU threads are
-                   divided among them unless OMP_NUM_THREADS is set, and of several GPUs each run gets one.
-  EPOCHS=n         train n epochs instead of 300; the learning rate drops at n/2 and 3n/4
-  EXPERIMENTS=dir  where the run directories go (default: experiments, in the repository's root)
-  PYTHON=path      the Python interpreter (default: python3)
+  SEEDS        seeds of every row, e.g. "1 2 3" (default: 4)
+  JOBS         concurrent runs (default: 1). With several, the longest rows start first, the CPU threads are divided
+               among them unless OMP_NUM_THREADS is set, and of several GPUs each run gets one.
+  EPOCHS       epochs to train instead of 300; the learning rate drops at 1/2 and 3/4 of them
+  EXPERIMENTS  where the run directories go (default: experiments, in the repository's root)
+  PYTHON       the Python interpreter (default: python3)
 
 All flags are checked before the first run starts. A failed run does not stop the others. Finished runs are skipped
 and unfinished ones resumed: after an interruption or a failure, rerun the same command.
@@ -20,7 +18,6 @@ Exit status: 0 all finished, 1 some failed, 2 bad usage, 128 + n after signal n 
 """
 
 import argparse
-import asyncio
 import contextlib
 import ctypes
 import json
@@ -28,15 +25,17 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 BLOCK_FLAGS = {"BYOT_from_k_block": 1, "num_resnet_blocks": 4}  # with main.py's defaults
 SHORT_NAMES = {"BYOT_from_k_block": "k", "num_resnet_blocks": "blocks", "end_epoch": "ep"}
+OUTPUT_LOCK = threading.Lock()
 
 
 def table_rows(table: int) -> list[dict]:
@@ -45,17 +44,12 @@ def table_rows(table: int) -> list[dict]:
     return [{**defaults, **row, "row": i} for i, row in enumerate(PUBLISHED[f"table{table}"]["rows"], 1)]
 
 
-def select(rows: list[dict], words: list[str], error: Callable[[str], None]) -> list[dict]:
-    """The rows that the words name, in the table's order, each once; all rows without words."""
-    selected = [] if words else rows
-    for word in words:
-        first, last = re.fullmatch(r"(\d+)-?(\d*)|.*", word).groups()
-        numbers = range(int(first), int(last or first) + 1) if first else ()
-        named = [row for row in rows if row["model"] == word or row["row"] in numbers]
-        if not named:
-            error(f"{word}: not a row (1 to {len(rows)}), a range such as 1-2, or a network of this table")
-        selected = selected + named
-    return [row for row in rows if row in selected]
+def is_named(row: dict, word: str) -> bool:
+    """Whether the word is the row's number, a range that has it, or the row's network."""
+    first, _, last = word.partition("-")
+    if first.isdecimal() and (last or first).isdecimal():
+        return int(first) <= row["row"] <= int(last or first)
+    return word == row["model"]
 
 
 def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argparse.Namespace, int, int]:
@@ -65,7 +59,8 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argp
         run name -> command, the first seed's runs first; flags of the last run; numbers of GPUs and CPU threads.
     """
     python = os.environ.get("PYTHON") or sys.executable
-    python = os.path.abspath(python) if os.sep in python else python
+    if os.sep in python:
+        python = os.path.abspath(python)
     os.chdir(ROOT)  # the runs start there, so relative paths are checked from there
     sys.path.insert(0, str(ROOT))
     import torch
@@ -73,110 +68,103 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argp
     from main import default_run_name, parse_args
     from utils.flags import RUNTIME_FLAGS
 
-    if os.environ.get("EXPERIMENTS"):
-        extra = ["--experiments_dir", os.environ["EXPERIMENTS"], *extra]
-    schedule, epochs = [], parse_args(["--end_epoch", os.environ.get("EPOCHS") or "300"]).end_epoch
+    schedule, common = [], []
+    epochs = parse_args(["--end_epoch", os.environ.get("EPOCHS") or "300"]).end_epoch
     if epochs != 300:
         drops = sorted({-(-epochs // 2), -(-3 * epochs // 4)})  # rounded up; the two may coincide
-        schedule, extra = ["--lr_decay_schedule", *map(str, drops)], ["--end_epoch", str(epochs), *extra]
-    unnamed = RUNTIME_FLAGS | {"data_type"}  # default_run_name has the data set
+        schedule, common = ["--lr_decay_schedule", *map(str, drops)], ["--end_epoch", str(epochs)]
+    if os.environ.get("EXPERIMENTS"):
+        common += ["--experiments_dir", os.environ["EXPERIMENTS"]]
     runs = {}
     for seed in (os.environ.get("SEEDS") or "4").split():
         for row in rows:
-            options = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]] + extra
-            flags = ["--classifier_type", row["model"], *(f"--{method}" for method in row["methods"])]
-            flags += ["--seed", seed, *schedule, *options]
+            blocks = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]]
+            options = [*blocks, *common, *extra]
+            methods = [f"--{method}" for method in row["methods"]]
+            flags = ["--classifier_type", row["model"], *methods, "--seed", seed, *schedule, *options]
             args = parse_args(flags)
             suffix = ""
-            for words in " ".join(["", *options]).split(" --")[1:]:
-                flag, *values = re.split("[ =]", words)
-                suffix += "" if flag in unnamed else f"_{SHORT_NAMES.get(flag, flag)}{'-'.join(values)}"
+            for option in " ".join(["", *options]).split(" --")[1:]:
+                flag, *values = re.split("[ =]", option)
+                if flag not in RUNTIME_FLAGS | {"data_type"}:  # default_run_name has the data set
+                    suffix += f"_{SHORT_NAMES.get(flag, flag)}{'-'.join(values)}"
             name = default_run_name(args).replace("_seed", f"{suffix}_seed")
             runs[name] = [python, "main.py", *flags, "--run_name", name]
     return runs, args, torch.cuda.device_count(), torch.get_num_threads()
 
 
-def job_environment(job: int, jobs: int, gpus: int, threads: int) -> dict[str, str]:
-    """The environment of one of the concurrent runs: its number of CPU threads and, of several GPUs, one."""
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads // jobs)))
-    if gpus > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job % gpus]
-    return environment
-
-
 def write_line(line: str) -> None:
-    """One write per line, so that concurrent runs' lines do not mix; a closed pager stops no run."""
-    with contextlib.suppress(BrokenPipeError):
+    """Print a line whole, though several threads do; a closed pager or terminal stops no run."""
+    with contextlib.suppress(OSError), OUTPUT_LOCK:
         os.write(1, f"{line}\n".encode())
 
 
-def is_finished(directory: Path) -> bool:
-    path = directory / "results.json"
-    return path.exists() and json.loads(path.read_text())["status"] == "finished"
+def run_all(runs: dict[str, list[str]], experiments: Path, overwrite: bool, jobs: int, gpus: int) -> int:
+    """Run the commands (run name -> command), `jobs` at a time, each on one of several GPUs; the exit status."""
+    names, processes, failed, received = iter(runs), [], [], []
+    options = {"cwd": ROOT, "start_new_session": True}  # a run gets Ctrl-C once, from stop()
+    if sys.platform == "linux":  # the runs get SIGTERM when this process dies, even by kill -9
+        prctl = ctypes.CDLL(None).prctl
+        options["preexec_fn"] = lambda: prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if jobs > 1:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
 
-
-async def run_all(runs: dict[str, list[str]], experiments: Path, environments: list[dict], overwrite: bool) -> int:
-    """Run the commands, one at a time per environment; the exit status. Signals are passed on to the runs."""
-    pending, processes, failed, received = iter(runs), [], {}, []
-    options = {"cwd": ROOT, "start_new_session": True}  # a run receives Ctrl-C once, from stop()
-    if sys.platform == "linux":  # the runs receive SIGTERM when this process dies, even by kill -9
-        options["preexec_fn"] = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    if len(environments) > 1:
-        options |= {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-
-    def stop(number: int) -> None:
+    def stop(number: int, _) -> None:
         received.append(number)
         for process in processes:
-            if process.returncode is None:
-                process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            process.send_signal(number)
 
-    async def work(environment: dict[str, str]) -> None:
-        for name in pending:
+    def work(job: int) -> None:
+        device = [f"--device=cuda:{job % gpus}"] if gpus > 1 else []
+        for name in names:  # shared: each job takes the next
             if received:
                 return
-            if is_finished(experiments / name) and not overwrite:
+            results = experiments / name / "results.json"
+            if not overwrite and results.exists() and json.loads(results.read_text())["status"] == "finished":
                 write_line(f"skip {name}: finished")
                 continue
             write_line(f"start {name}")
-            process = await asyncio.create_subprocess_exec(*runs[name], env=environment, **options)
+            process = subprocess.Popen([*runs[name], *device], **options)
             processes.append(process)
-            while process.stdout and (line := await process.stdout.readline()):
-                write_line(f"{name}: {line.decode(errors='replace').rstrip()}")
-            status = await process.wait()
-            if status == 0 and is_finished(experiments / name):
-                write_line(f"finished {name}")
-            elif not received:
-                failed[name] = f"exit status {status}, see {experiments / name}"
-                write_line(f"FAILED {name}: exit status {status}")
+            if received:  # before stop() knew of this process
+                process.terminate()
+            for line in process.stdout or ():
+                write_line(f"{name}: {line.rstrip()}")
+            status = process.wait()
+            if status != 0 and not received:
+                failed.append(f"{name}: exit status {status}, see {experiments / name}")
+                write_line(f"FAILED {failed[-1]}")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP stays ignored
-            asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    await asyncio.gather(*map(work, environments))
+            signal.signal(number, stop)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, range(jobs)))
     if failed:
-        write_line("\n  ".join([f"failed: {len(failed)} of {len(runs)} runs", *map(": ".join, failed.items())]))
+        write_line("\n  ".join([f"failed: {len(failed)} of {len(runs)} runs", *failed]))
     if received:
-        write_line("interrupted: rerun the same command to resume" + ", without --overwrite" * overwrite)
+        write_line("interrupted: rerun the same command (without --overwrite) to resume")
         return 128 + received[-1]
     return 1 if failed else 0
 
 
 def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="run_table.py", usage=argparse.SUPPRESS)
-    parser.format_help = lambda: __doc__
-    parser.add_argument("table", type=int, choices=(1, 2, 3, 4))
-    parser.add_argument("rows", nargs="*")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--jobs", type=int, default=os.environ.get("JOBS") or "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "scripts/table1.sh [ROW...] [--dry-run] [-- FLAG...]"
+    parser.add_argument("table", type=int, choices=(1, 2, 3, 4), help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
     args, extra = parser.parse_intermixed_args(argv[:cut]), argv[cut + 1 :]
-    if args.jobs < 1:
-        parser.error(f"JOBS={args.jobs}: must be positive")
-    rows = select(table_rows(args.table), args.rows, parser.error)
-    if args.jobs > 1:
+    jobs = os.environ.get("JOBS") or "1"
+    if not jobs.isdecimal() or int(jobs) == 0:
+        parser.error(f"JOBS={jobs}: must be a positive whole number")
+    jobs, rows = int(jobs), table_rows(args.table)
+    for word in args.words:
+        if not any(is_named(row, word) for row in rows):
+            parser.error(f"{word}: not a row (1 to {len(rows)}), a range such as 1-2, or a network of this table")
+    rows = [row for row in rows if not args.words or any(is_named(row, word) for word in args.words)]
+    if jobs > 1:
         seconds = {(row["model"], *row["methods"]): row["seconds_per_epoch"] for row in table_rows(1)}
         rows.sort(key=lambda row: -seconds[(row["model"], *row["methods"])])
     with ProcessPoolExecutor(1) as pool:
@@ -184,9 +172,10 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print(*map(shlex.join, runs.values()), sep="\n")
         return 0
+    if jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, threads // jobs))
     gpus = gpus if flags.device == "cuda" else 0  # with --device cuda:1, all runs use that GPU
-    environments = [job_environment(job, args.jobs, gpus, threads) for job in range(args.jobs)]
-    return asyncio.run(run_all(runs, ROOT / flags.experiments_dir, environments, flags.overwrite))
+    return run_all(runs, ROOT / flags.experiments_dir, flags.overwrite, jobs, gpus)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ beside runs in the paper's setting. Runs that are unfinished, unreadable or dupl
 
 import argparse
 import json
-import math
 import os
 import signal
 import statistics
 import sys
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +23,8 @@ from utils.flags import RUNTIME_FLAGS
 from utils.metrics import METRICS
 from utils.runtime import MACHINE_FACTS
 
-NOT_FLAGS = {*RUNTIME_FLAGS, *MACHINE_FACTS, "seed", "starts", "data"}  # entries of config.json
+# Entries of config.json that are no departure from the paper's setting: its tables vary the network and the methods.
+NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, "starts", "data", "seed", "classifier_type", *METHODS}
 COLUMNS = {  # heading, decimals
     **{name: (f"{metric.heading} ({metric.unit})", metric.decimals) for name, metric in METRICS.items()},
     "ece_after_T": ("ECE after T (%)", 2),  # T: each classifier's temperature, fitted on held-out images
@@ -35,72 +34,57 @@ COLUMNS = {  # heading, decimals
 }
 TIMES = ("seconds_per_epoch", "hours")
 ACCURACIES = {name: (name, 2) for name in ("4/4", "3/4", "2/4", "1/4", "ensemble")}  # exit i of N is i/N, final N/N
+ACCURACIES["early_exit"] = COLUMNS["early_exit"]
 
 
 class Run(NamedTuple):
     name: str  # the path of its directory, or file:line
     config: dict
     results: dict
-    flags: dict  # that define the experiment
+    flags: dict  # config, and the defaults of flags that are newer than the run
     seed: int
+    methods: tuple[str, ...]
+    departures: frozenset[str]  # from the paper's setting, such as "width 8"
     values: dict  # column -> number
-    classifiers: dict  # "1/4", ..., "4/4", "ensemble" -> column -> number
-    label: str = ""  # see group_runs
+    classifiers: dict  # "1/4", ..., "4/4", "ensemble", if trained -> column -> number
+    label: str = ""  # the methods, and the departures that are not common to all runs
 
 
-def defining_flags(config: dict) -> dict:
-    """The flags that define the experiment, lists as tuples."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key not in NOT_FLAGS}
-
-
-@cache
-def paper_setting() -> dict:
-    """The flags of the published numbers: main.py's defaults, in float32."""
-    return defining_flags(vars(parse_args([]))) | {"precision": "fp32"}
-
-
-def departures(flags: dict) -> set[str]:
-    """The flags that are not as in the paper's setting, apart from the network and the methods."""
-    return {key for key, _ in flags.items() - paper_setting().items()} - {"classifier_type", *METHODS}
-
-
-def common_departures(groups: list[list[Run]]) -> set[str]:
-    """The departures that are the same in all groups."""
-    keys = departures(groups[0][0].flags) if groups else set()
-    return {key for key in keys if len({group[0].flags.get(key) for group in groups}) == 1}
-
-
-def listing(flags: dict, keys: set[str]) -> str:
-    """Such as `end_epoch 30, width 8`."""
-    return ", ".join(f"{key} {flags.get(key)}" for key in sorted(keys))
-
-
-def read_run(name: str, source: Path | str, which: str) -> Run:
-    """The `last` or `best` epoch of a run, given its directory or a line that --export wrote.
+def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
+    """The `last` or `best` epoch of a run, given its directory or a line that --export wrote, and the paper's flags.
 
     Raises:
         ValueError, KeyError, TypeError, OSError: the run is unfinished or cannot be read.
     """
     if isinstance(source, Path):
-        config, results = (json.loads((source / f"{part}.json").read_text()) for part in ("config", "results"))
+        config = json.loads((source / "config.json").read_text())
+        results = json.loads((source / "results.json").read_text())
     else:
-        config, results = (json.loads(source)[part] for part in ("config", "results"))
+        config, results = json.loads(source)["config"], json.loads(source)["results"]
     if results["status"] != "finished":
         raise ValueError(f"{results['status']}, {results['epochs']} of {config['end_epoch']} epochs")
-    flags = paper_setting() | defining_flags(config)  # a flag that is newer than the run has its default
-    line = results["test"][which] if flags["val_split"] else results[which]  # with val_split, val is of held-out images
-    blocks, numbers = flags["num_resnet_blocks"], [*line["exits"], line["val"]]
-    first = blocks - len(numbers) + 1  # without exits there is the final classifier alone
-    classifiers = {f"{i}/{blocks}": dict(metrics or {}) for i, metrics in enumerate(numbers, first)}
-    if calibrated := line.get("calibrated"):
-        for metrics, after in zip(classifiers.values(), [*calibrated["exits"], calibrated["val"]], strict=True):
-            metrics |= {"ece_after_T": after["ece"]} if after else {}
-    classifiers["ensemble"] = line["ensemble"] or {}
-    values = {key: 100 - metrics["top1_error"] for key, metrics in classifiers.items() if metrics}
-    values |= classifiers[f"{blocks}/{blocks}"] | {key: results[key] for key in TIMES if key in results}
-    if early := line.get("early_exit"):
+    flags = {**paper, **config}
+    methods = tuple(method for method in METHODS if flags[method])
+    changed = [key for key in flags if key not in NO_DEPARTURE and (key, flags[key]) not in paper.items()]
+    departures = frozenset(f"{key} {flags[key]}" for key in changed)
+
+    record = results["test"][which] if flags["val_split"] else results[which]  # with val_split, val is held-out images
+    blocks = flags["num_resnet_blocks"]
+    metrics = [*record["exits"], record["val"]]  # None for an exit that no loss trains
+    names = [f"{i}/{blocks}" for i in range(1, blocks + 1)][-len(metrics) :]  # without exits, the final one alone
+    classifiers = {key: dict(found) for key, found in zip(names, metrics, strict=True) if found}
+    if record.get("calibrated"):
+        calibrated = dict(zip(names, [*record["calibrated"]["exits"], record["calibrated"]["val"]], strict=True))
+        for key in classifiers:
+            classifiers[key]["ece_after_T"] = calibrated[key]["ece"]
+    values = {**classifiers[names[-1]], **{key: results[key] for key in TIMES if key in results}}
+    if record["ensemble"]:
+        classifiers["ensemble"] = record["ensemble"]
+    values |= {key: 100 - found["top1_error"] for key, found in classifiers.items()}
+    early = record.get("early_exit")
+    if early:
         values["early_exit"] = 100 * early["chosen"]["multiply_adds"] / early["backbone_multiply_adds"]
-    return Run(name, config, results, flags, config["seed"], values, classifiers)
+    return Run(name, config, results, flags, config["seed"], methods, departures, values, classifiers)
 
 
 def find_runs(paths: list[Path]) -> dict[str, Path | str]:
@@ -114,97 +98,108 @@ def find_runs(paths: list[Path]) -> dict[str, Path | str]:
 
 
 def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Run]], list[str]]:
-    """Runs with the same defining flags, one per seed; a line for each run left out, and why.
-
-    A group's label is its methods and its departures from the paper's setting, except those common to all groups.
-    """
-    by_flags, left_out = {}, []
+    """Runs with the same defining flags, one per seed, in order; a line for each run left out, and why."""
+    paper = vars(parse_args([])) | {"precision": "fp32"}  # main.py's defaults are its setting
+    by_setting, left_out = {}, []
     for name, source in sources.items():
         try:
-            run = read_run(name, source, which)
-            group = by_flags.setdefault(frozenset(run.flags.items()), {})
+            run = read_run(name, source, which, paper)
+            setting = (run.departures, run.methods, run.flags["classifier_type"])
+            group = by_setting.setdefault(setting, {})
             if run.seed in group:
                 raise ValueError(f"the same flags and seed as {group[run.seed].name}, which is used")
             group[run.seed] = run
-        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-            left_out.append(f"{name} ({'no entry ' * isinstance(error, KeyError)}{error})")
-    groups = [[group[seed] for seed in sorted(group)] for group in by_flags.values()]
-    common = common_departures(groups)
-    for i, group in enumerate(groups):
-        flags = group[0].flags
-        methods = "+".join(method for method in METHODS if flags[method]) or "baseline"
-        label = ", ".join(filter(None, (methods, listing(flags, departures(flags) - common))))
-        groups[i] = [run._replace(label=label) for run in group]
-    return sorted(groups, key=lambda group: (sum(group[0].flags[m] for m in METHODS), group[0].label)), left_out
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else error
+            left_out.append(f"{name} ({reason})")
+    groups = []
+    for (departures, methods, _), group in by_setting.items():
+        common = frozenset.intersection(*(setting[0] for setting in by_setting))
+        label = ", ".join(["+".join(methods) or "baseline", *sorted(departures - common)])
+        groups.append([group[seed]._replace(label=label) for seed in sorted(group)])
+    return sorted(groups, key=lambda group: (len(group[0].methods), group[0].label)), left_out
 
 
 def paper_lines(table: str, groups: list[list[Run]]) -> list[tuple]:
-    """(labels, group, published values) of the groups that are rows of the table, in the paper's order.
+    """(labels, runs, published values) of the groups that are rows of the table, in the paper's order.
 
     Published values are left out unless only the precision differs, or DML is the published script's.
     """
     lines = []
     for row in table_rows(int(table)):
-        flags = {"classifier_type": row["model"], **{method: method in row["methods"] for method in METHODS}}
-        flags |= {flag: row[flag] for flag in BLOCK_FLAGS}
+        wanted = {"classifier_type": row["model"], **{flag: row[flag] for flag in BLOCK_FLAGS}}
         for group in groups:
-            if flags.items() <= group[0].flags.items():
-                others = departures(group[0].flags) - BLOCK_FLAGS.keys()
-                published = row if others <= {"precision", "sync_bn", "DML_as_published"} else {}
-                lines.append(({"row": row["row"]}, group, published))
+            if group[0].methods == tuple(row["methods"]) and wanted.items() <= group[0].flags.items():
+                changed = {departure.split()[0] for departure in group[0].departures}
+                others = changed - {*BLOCK_FLAGS, "precision", "sync_bn", "DML_as_published"}
+                lines.append(({"row": row["row"]}, group, {} if others else row))
     return lines
 
 
 def paired_lines(base: str, groups: list[list[Run]]) -> list[tuple]:
-    """Lines as in paper_lines: differences, seed by seed, from the group labelled `base` of the same network."""
-    values = {(run.flags["classifier_type"], run.label, run.seed): run.values for group in groups for run in group}
+    """Lines as in paper_lines: differences, by seed, from the runs of the same network that are labelled `base`."""
+    runs = [run for group in groups for run in group]
+    bases = {(run.flags["classifier_type"], run.seed): run.values for run in runs if run.label == base}
     lines = []
     for group in groups:
-        runs = []
+        differences = []
         for run in group:
-            theirs = values.get((run.flags["classifier_type"], base, run.seed), {})
-            ours = {key: v - theirs[key] for key, v in run.values.items() if key in theirs and key not in TIMES}
-            runs += [run._replace(values=ours)] if theirs and run.label != base else []
-        lines += [({}, runs, {})] if runs else []
+            theirs = bases.get((run.flags["classifier_type"], run.seed))
+            if theirs and run.label != base:
+                values = {key: v - theirs[key] for key, v in run.values.items() if key in theirs and key not in TIMES}
+                differences.append(run._replace(values=values))
+        if differences:
+            lines.append(({}, differences, {}))
     return lines
 
 
-def cell(runs: list[Run], column: str, published: float | None, decimals: int, sign: str) -> str:
-    """Such as `21.00 ± 1.00 (20.03, +0.97*)`: * if the difference is over two of our standard deviations."""
-    text, bracket = "—", [] if published is None else [f"{published:.2f}"]
+def cell(runs: list[Run], column: str, decimals: int, published: dict, sign: str) -> str:
+    """Such as `21.00 ± 1.00 (20.03, +0.97*)`: mean, standard deviation, published value, and ours minus it, with * if
+    over two standard deviations; a dash where a run lacks the number."""
     values = [run.values.get(column) for run in runs]
     machines = {run.config["device_name"] for run in runs}
-    if None not in values and (column not in TIMES or len(machines) == 1):
-        mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.inf
-        text = f"{mean:{sign}.{decimals}f}" + (f" ± {sd:.{decimals}f}" if len(values) > 1 else "")
-        if bracket and column not in TIMES:  # the published times are another machine's
-            bracket.append(f"{mean - published:+.{decimals}f}" + ("*" if abs(mean - published) > 2 * sd else ""))
-    return f"{text} ({', '.join(bracket)})" if bracket else text
+    if None in values or (column in TIMES and len(machines) > 1):
+        return "—"
+    mean, sd = statistics.mean(values), float("inf")
+    text = f"{mean:{sign}.{decimals}f}"
+    if len(values) > 1:
+        sd = statistics.stdev(values)
+        text += f" ± {sd:.{decimals}f}"
+    if column not in published:
+        return text
+    if column in TIMES:  # of another machine
+        return f"{text} ({published[column]:.2f})"
+    difference = mean - published[column]
+    mark = "*" if abs(difference) > 2 * sd else ""
+    return f"{text} ({published[column]:.2f}, {difference:+.{decimals}f}{mark})"
 
 
-def table(title: str, lines: list[tuple], columns: dict, sign: str = "") -> str:
-    """The lines as a markdown table; columns without any number are left out."""
+def print_table(title: str, lines: list[tuple], columns: dict, sign: str = "") -> None:
+    """Print lines as in paper_lines as a markdown table; columns without any number are left out."""
     rows = []
     for labels, runs, published in lines:
-        labels = {**labels, "network": runs[0].flags["classifier_type"], "methods": runs[0].label, "n": len(runs)}
-        labels["seeds"] = " ".join(str(run.seed) for run in runs)
-        cells = [cell(runs, key, published.get(key), decimals, sign) for key, (_, decimals) in columns.items()]
-        rows.append([*map(str, labels.values()), *cells])
-    headings = [*labels, *(heading for heading, _ in columns.values())]
-    used = [i for i in range(len(headings)) if any(row[i] != "—" for row in rows)]
-    rows = [[row[i] for i in used] for row in [headings, ["---"] * len(headings), *rows]]
-    return "\n".join([f"### {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+        row = {**labels, "network": runs[0].flags["classifier_type"], "methods": runs[0].label, "n": len(runs)}
+        row["seeds"] = " ".join(str(run.seed) for run in runs)
+        for column, (heading, decimals) in columns.items():
+            row[heading] = cell(runs, column, decimals, published, sign)
+        rows.append(row)
+    headings = [heading for heading in rows[0] if any(row[heading] != "—" for row in rows)]
+    print(f"### {title}\n")
+    for row in [{heading: heading for heading in headings}, dict.fromkeys(headings, "---"), *rows]:
+        print("|", " | ".join(str(row[heading]) for heading in headings), "|")
+    print()
 
 
-def export(file: Path, groups: list[list[Run]]) -> None:
+def export(file: Path, runs: list[Run]) -> None:
     """One line of JSON per run, without what defines no experiment; floats with 6 significant digits."""
     lines = []
-    for run in [run for group in groups for run in group]:
+    for run in runs:
         config = {key: value for key, value in run.config.items() if key not in RUNTIME_FLAGS}
         config.get("data", {}).pop("class_names", None)
         text = json.dumps({"name": run.config.get("run_name", run.name), "config": config, "results": run.results})
-        lines.append(json.dumps(json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))))
-    file.write_text("\n".join(lines) + "\n")
+        rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+        lines.append(json.dumps(rounded) + "\n")
+    file.write_text("".join(lines))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,47 +213,47 @@ def main(argv: list[str] | None = None) -> None:
     add("--pairs", metavar="BASE", help="differences, by seed, from the methods BASE, for example baseline")
     add("--all_classifiers", action="store_true", help="all metrics of every classifier")
     args = parser.parse_args(argv)
-    if missing := [path for path in args.runs if not path.exists()]:
-        parser.error(f"{missing[0]} does not exist")
-    groups, left_out = group_runs(find_runs(args.runs), "best" if args.best else "last")
+    for path in args.runs:
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+    which = "best" if args.best else "last"
+    groups, left_out = group_runs(find_runs(args.runs), which)
     if not groups:
-        parser.error(f"no finished run in {', '.join(map(str, args.runs))}" + "".join(f"; {why}" for why in left_out))
+        parser.error("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *left_out]))
+    runs = [run for group in groups for run in group]
     if args.export:
-        export(args.export, groups)
-    remarks = [f"left out: {line}" for line in left_out]
-    if common := common_departures(groups):
-        remarks.append(f"all runs, unlike the paper: {listing(groups[0][0].flags, common)}")
+        export(args.export, runs)
+    starts = [start for run in runs for start in run.config.get("starts", [run.config])]
+    origins = {f"{start['device_name']}, torch {start['torch']}, commit {start['git_commit']}" for start in starts}
+    remarks = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(origins))}"]
+    remarks += [f"left out: {line}" for line in left_out]
+    common = frozenset.intersection(*(run.departures for run in runs))
+    if common:
+        remarks.append(f"all runs, unlike the paper: {', '.join(sorted(common))}")
     if args.pairs:
         lines = paired_lines(args.pairs, groups)
         if not lines:
             parser.error(f"--pairs {args.pairs}: give one of {'; '.join(group[0].label for group in groups)}")
-        print(table(f"Differences from {args.pairs}, paired by seed", lines, COLUMNS, sign="+"))
+        print_table(f"Differences from {args.pairs}, paired by seed", lines, COLUMNS, sign="+")
     elif args.all_classifiers:
-        lines = [
-            ({"classifier": name}, [run._replace(values=run.classifiers[name]) for run in group], {})
-            for group in groups
-            for name in group[0].classifiers
-            if group[0].classifiers[name]
-        ]
-        print(table("Every classifier", lines, COLUMNS) if lines else "")
+        lines = []
+        for group in groups:
+            for name in group[0].classifiers:
+                lines.append(({"classifier": name}, [run._replace(values=run.classifiers[name]) for run in group], {}))
+        print_table("Every classifier", lines, COLUMNS)
     else:
-        in_paper = set()
+        others = groups
         for number in args.table or "1234":
             lines, paper = paper_lines(number, groups), PUBLISHED[f"table{number}"]
-            columns = {**ACCURACIES, "early_exit": COLUMNS["early_exit"]} if number == "2" else COLUMNS
             if lines:
-                print(table(f"Table {number}: {paper['title']}", lines, columns))
-            in_paper |= {id(group) for _, group, _ in lines}
+                title = f"Table {number}: {paper['title']}"
+                print_table(title, lines, ACCURACIES if number == "2" else COLUMNS)
+            others = [group for group in others if group not in [runs for _, runs, _ in lines]]
             if any(published for _, _, published in lines):
                 remarks += [PUBLISHED["about"], *paper["notes"]]
-        others = [({}, group, {}) for group in groups if id(group) not in in_paper]
         if others and not args.table:
-            print(table("Other runs", others, COLUMNS))
-    configs = [run.config for group in groups for run in group]
-    starts = [start for config in configs for start in config.get("starts", [config])]
-    origins = {f"{s['device_name']}, torch {s['torch']}, commit {s['git_commit']}" for s in starts}
-    about = f"{len(configs)} runs, {'best' if args.best else 'last'} epoch, made on {'; '.join(sorted(origins))}"
-    for remark in dict.fromkeys([about, *remarks]):
+            print_table("Other runs", [({}, group, {}) for group in others], COLUMNS)
+    for remark in dict.fromkeys(remarks):
         print("-", remark)
 
 
