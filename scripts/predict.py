@@ -1,7 +1,5 @@
 """Classify image files with a trained run, stopping at the first exit that is confident enough.
 
-usage: python scripts/predict.py RUN IMAGE... [--threshold T] [--epoch best] [--csv FILE]
-
 Prints per image the class, its confidence, which classifier decided, and the multiply-adds that it took as a share of
 the backbone's. Confidence is after each classifier's temperature, fitted where the run had --val_split. A folder
 stands for the JPEG and PNG files in it and below. A file that is not an image gives one line, and the others continue.
@@ -13,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torchvision.transforms import functional as transforms
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,45 +22,11 @@ from models.exits import confidence
 from utils.flags import number_type
 from utils.runtime import UserError
 
-BATCH_SIZE = 128  # images; on a CPU as fast per image as larger ones
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
-def list_images(paths: list[Path]) -> list[Path]:
-    """The files among the paths, and the images below the folders."""
-    found = []
-    for path in paths:
-        found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    return found
-
-
-def read_image(path: Path, info: dict) -> torch.Tensor:
-    """(3, S, S) float32, resized and normalised as in training.
-
-    Raises:
-        UserError: not an intact JPEG or PNG file.
-    """
-    pixels = torch.tensor(read_pixels(path))
-    pixels = resize(pixels[None], info["image_size"])[0].permute(2, 0, 1)
-    return transforms.normalize(pixels / 255, info["mean"], info["std"])
-
-
-def classify(model, info: dict, images: torch.Tensor, threshold: float) -> list[tuple[str, float, str, float]]:
-    """images (N, 3, S, S) -> per image (class, confidence, deciding classifier, % of the backbone's multiply-adds)."""
-    costs, backbone = model.multiply_adds(info["image_size"])
-    logits, decided_by = model.predict_early(images, threshold)
-    rows = []
-    for z, number in zip(logits, decided_by.tolist(), strict=True):
-        is_final = number == model.num_stages
-        cost = (backbone if threshold > 1 else costs[-1]) if is_final else costs[number - 1]
-        certainty = confidence(z, model.temperatures[-1 if is_final else number - 1]).item()
-        name = info["class_names"][z.argmax().item()]
-        rows.append((name, certainty, "final" if is_final else f"exit {number}", 100 * cost / backbone))
-    return rows
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n")[2])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
@@ -78,32 +42,36 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     if info["temperatures"] is None:
-        print(
-            "note: confidences are not calibrated: the run had no --val_split to fit temperatures on", file=sys.stderr
-        )
-    paths, rows, failed = list_images(args.images), [], 0
-    for start in tqdm(range(0, len(paths), BATCH_SIZE), unit="batch", leave=False, disable=not sys.stderr.isatty()):
-        images, names = [], []
-        for path in paths[start : start + BATCH_SIZE]:
-            try:
-                images.append(read_image(path, info))
-                names.append(path)
-            except UserError as e:
-                failed += 1
-                print(f"error: {e}", file=sys.stderr)
-        if images:
-            results = classify(model, info, torch.stack(images), args.threshold)
-            rows += [(path, *result) for path, result in zip(names, results, strict=True)]
+        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on"
+        print(f"note: {text}", file=sys.stderr)
+    costs, backbone = model.multiply_adds(info["image_size"])
+    if args.threshold > 1:
+        costs[-1] = backbone  # no exit is computed
+    paths, rows = [], []
+    for path in args.images:
+        paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) or [path]
+    for path in tqdm(paths, unit="img", leave=False, disable=None):  # None: without a terminal
+        try:
+            pixels = resize(torch.tensor(read_pixels(path))[None], info["image_size"])
+        except UserError as e:
+            tqdm.write(f"error: {e}", file=sys.stderr)
+            continue
+        images = normalize(pixels.permute(0, 3, 1, 2) / 255, info["mean"], info["std"])  # (1, 3, S, S), as in training
+        logits, decided_by = model.predict_early(images, args.threshold)
+        name, number = info["class_names"][logits.argmax()], decided_by.item()
+        is_final = number == model.num_stages
+        i = -1 if is_final else number - 1
+        certainty = confidence(logits[0], model.temperatures[i]).item()
+        rows.append((path, name, certainty, "final" if is_final else f"exit {number}", 100 * costs[i] / backbone))
     if args.csv:
         with open(args.csv, "w", newline="") as f:
             writer = csv.writer(f)
             writer.writerow(["image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)"])
             writer.writerows(rows)
-    for path, name, certainty, classifier, share in rows if not args.csv else ():
-        print(f"{path}: {name}  {100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)")
-    if not paths:
-        print("error: no image was given", file=sys.stderr)
-    return 1 if failed or not paths else 0
+    else:
+        for path, name, certainty, classifier, share in rows:
+            print(f"{path}: {name}  {100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)")
+    return 0 if len(rows) == len(paths) else 1
 
 
 if __name__ == "__main__":
