@@ -100,9 +100,9 @@ def draw(Figure, draw_group, groups: list[list[Run]]):
     figure = Figure(figsize=(max(4.5, 3.2 * len(networks)), 3.3 + 0.17 * len(labels) / len(networks)))
     axes = figure.subplots(1, len(networks), squeeze=False)[0]
     for runs in groups:
-        axis = axes[networks.index(runs[0].flags["classifier_type"])]
-        axis.set_title(runs[0].flags["classifier_type"])
-        i = labels.index(runs[0].label)
+        network, i = runs[0].flags["classifier_type"], labels.index(runs[0].label)
+        axis = axes[networks.index(network)]
+        axis.set_title(network)
         style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 4], "marker": MARKERS[i % 7]}
         try:
             draw_group(axis, runs, label=textwrap.fill(labels[i], 40), **style)

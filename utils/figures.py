@@ -40,16 +40,16 @@ def mean_band(axis, x, curves: np.ndarray, markevery=0.25, **line) -> None:
 
 
 def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) -> None:
-    """Accuracy against mean confidence in each bin of confidence, means over the runs; empty bins are left out.
+    """Accuracy against mean confidence in each bin of confidence, means over the runs, without bins empty in a run.
 
     predictions: a run's confidence (M,) and wrong (M,), as `utils.metrics.confidence_and_wrong` returns them.
     """
-    sums = np.array([torch.stack(reliability(*run)).numpy() for run in predictions])  # (runs, 3, bins)
-    samples, confidence, correct = sums[:, :, (sums[:, 0] > 0).all(axis=0)].transpose(1, 0, 2)
+    sums = torch.stack([torch.stack(reliability(*run)) for run in predictions], dim=1).numpy()  # (3, runs, bins)
+    samples, confidence, correct = sums[:, :, (sums[0] > 0).all(axis=0)]
     x, accuracy = 100 * (confidence / samples).mean(axis=0), 100 * correct / samples
     axis.axline((0, 0), (100, 100), color="black", linewidth=0.8)
     mean_band(axis, x, accuracy, markevery=[], **line)
-    area = 150 * samples.mean(axis=0) / sums[0, 0].sum()
+    area = 150 * samples.sum(axis=0) / sums[0].sum()
     axis.scatter(x, accuracy.mean(axis=0), area, color=line["color"], marker=line.get("marker"))
     axis.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy (%)")
     axis.set(xlabel="confidence (%)\narea of a marker: share of images\nstraight line: perfect calibration")

@@ -29,7 +29,7 @@ class Logger:
         if self.silent:
             return
         self._draws = importlib.util.find_spec("matplotlib") is not None
-        self._log = open(directory / "experiment.log", "a", 1, encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._log = open(directory / "experiment.log", "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
         # An OSError of TensorBoard's own thread is raised again by the next call: no traceback of the thread as well.
         print_traceback = threading.__excepthook__
         threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else print_traceback(args)
