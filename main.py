@@ -134,10 +134,8 @@ def train(args, device: torch.device) -> None:
         logger.say(describe(args, model, train_loader, val_loader, facts["device_name"]))
         for note in flags.notes(args, device):
             logger.say(f"note: {note}")
-        for record in history:
-            logger.epoch(record, is_new=False)
         train_loader.set_epoch(min(len(history), args.end_epoch - 1))
-        logger.start(vars(args), train_loader)
+        logger.start(vars(args), train_loader, history)
 
         logits = labels = None
         for epoch in range(len(history), args.end_epoch):
@@ -145,7 +143,7 @@ def train(args, device: torch.device) -> None:
             network.train()
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
-            trained = train_one_epoch(step, train_loader, logger.bar(epoch))
+            trained = train_one_epoch(step, train_loader, logger.bar)
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
             if bad := find_not_finite(model, trained["train"]):
                 raise not_finite(bad, epoch, args)
@@ -170,7 +168,7 @@ def train(args, device: torch.device) -> None:
                 exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
                 write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
             results = run.write_records(history, "running", test)
-            logger.finish(vars(args), results, logits[-1], labels, val_loader)
+            logger.finish(results, logits[-1], labels, val_loader)
             logger.say(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median) on {facts['device_name']}")
             logger.say(f"files: {run.path}")
             logger.say(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
@@ -238,7 +236,7 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
     if found and distributed.is_main():
         for name, record in found.items():
-            print(name, *results_table({"last": record}), sep="\n")
+            print(name, results_table({"last": record}), sep="\n")
         directory = Path(args.experiments_dir, args.run_name)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "val.json", found[str(path)] if is_one else found)

@@ -1,13 +1,11 @@
 #!/usr/bin/env python
 """Figures of runs for print: means over seeds with one standard deviation, as PNG and PDF.
 
-usage: scripts/plot.py [RUNS...] [--out DIR]
-
-  reliability      accuracy against confidence
-  risk_coverage    error among the most confident images against their share of all images
+  reliability      accuracy against confidence (needs --save_predictions)
+  risk_coverage    error among the most confident images against their share of all images (needs --save_predictions)
   learning_curves  validation top-1 error per epoch
   exits            top-1 accuracy of each exit, of the final classifier and of the ensemble
-  early_exit       top-1 accuracy against multiply-adds in % of the backbone's
+  early_exit       top-1 accuracy against multiply-adds in % of the backbone's (needs trained exits and --val_split)
 
 All but the learning curves are of the last epoch. The first three are of the validation split, which without
 --val_split is the test split; the others are of the test split. Runs that differ only in the seed are one group, and
@@ -17,6 +15,7 @@ have the label that summarize.py gives them; each network has a panel.
 import argparse
 import json
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -25,7 +24,19 @@ import torch
 from summarize import ROOT, Run, find_runs, group_runs
 
 from utils import figures
-from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
+from utils.metrics import confidence_and_wrong
+
+# Okabe and Ito's colours, distinguishable by the colour-blind; grey replaces their yellow, too pale on paper.
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#777777")
+LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"  # for print in grey; 7 markers, so that 56 groups differ
+
+
+def reliability(axis, runs: list[Run], **line) -> None:
+    figures.reliability_diagram(axis, [read_predictions(run) for run in runs], **line)
+
+
+def risk_coverage(axis, runs: list[Run], **line) -> None:
+    figures.risk_coverage(axis, [read_predictions(run) for run in runs], **line)
 
 
 def read_predictions(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,121 +45,101 @@ def read_predictions(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         return confidence_and_wrong(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
 
 
-def read_history(run: Run) -> list[float]:
-    """Validation top-1 error per epoch."""
-    lines = Path(run.name, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["val"]["top1_error"] for line in lines]
-
-
-def read_last(run: Run) -> dict:
-    """The last epoch's results on the test split."""
-    return run.results.get("test", run.results)["last"]
-
-
-def read_early_exit(run: Run) -> dict:
-    """The same; raises KeyError where early exit was not measured."""
-    record = read_last(run)
-    if not record.get("early_exit"):
-        raise KeyError("early_exit")
-    return record
-
-
-def draw_reliability(axis, predictions: list, label: str, **_) -> None:
-    """Of the predictions of all seeds together; the ECE is the mean over seeds."""
-    sums = np.stack([torch.stack(reliability(*prediction)).numpy() for prediction in predictions])
-    figures.reliability_diagram(axis, sums.sum(axis=0))
-    mean, sd = figures.mean_sd(100 * np.abs(sums[:, 2] - sums[:, 1]).sum(axis=1) / sums[:, 0].sum(axis=1))
-    axis.set_title(f"{axis.get_title()}\n{label}\nECE {mean:.2f} ± {sd:.2f} %")
-
-
-def draw_risk_coverage(axis, predictions: list, **line) -> None:
-    figures.risk_coverage(axis, np.stack([risk_coverage_curve(*prediction) for prediction in predictions]), **line)
-
-
-def draw_learning_curves(axis, histories: list, **line) -> None:
-    figures.mean_band(axis, range(1, len(histories[0]) + 1), np.array(histories), **line)
+def learning_curves(axis, runs: list[Run], **line) -> None:
+    errors = []
+    for run in runs:
+        lines = Path(run.name, "metrics.jsonl").read_text().splitlines()
+        errors.append([json.loads(line)["val"]["top1_error"] for line in lines])
+    figures.mean_band(axis, range(1, len(errors[0]) + 1), np.array(errors), **line)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="validation top-1 error (%)")
 
 
-def draw_exits(axis, records: list, **line) -> None:
-    mean, sd = figures.mean_sd(figures.accuracies(records))
+def accuracies(runs: list[Run]) -> np.ndarray:
+    """Top-1 accuracy in %, (runs, B + 1): exits 1..B-1, final classifier, ensemble; NaN where there is none."""
+    blocks = runs[0].flags["num_resnet_blocks"]
+    names = [*(f"{i}/{blocks}" for i in range(1, blocks + 1)), "ensemble"]
+    return np.array([[run.values.get(name, np.nan) for name in names] for run in runs])
+
+
+def exits(axis, runs: list[Run], **line) -> None:
+    mean, sd = figures.mean_sd(accuracies(runs))
     depth = np.arange(1, len(mean)) / (len(mean) - 1)
-    axis.errorbar(depth, mean[:-1], sd[:-1], marker="o", **line)
-    axis.errorbar(1.25, mean[-1], sd[-1], marker="o", color=line["color"])
+    shift = 0.005 * len(axis.containers)  # so that the groups' error bars stand side by side
+    axis.errorbar(depth + shift, mean[:-1], sd[:-1], **line)
+    axis.errorbar(1.25 + shift, mean[-1], sd[-1], **line)
     axis.set_xticks([0.25, 0.5, 0.75, 1, 1.25], ["1/4", "1/2", "3/4", "final", "ensemble"])
-    axis.set(xlim=(0.2, 1.35), xlabel="classifier after this part of the backbone", ylabel="top-1 accuracy (%)")
+    axis.set(xlabel="classifier after this part of the backbone", ylabel="top-1 accuracy (%)")
 
 
-# name: (what a run contributes, what it needs for that, how a group of runs is drawn)
-FIGURES = {
-    "reliability": (read_predictions, "predictions.npz (--save_predictions)", draw_reliability),
-    "risk_coverage": (read_predictions, "predictions.npz (--save_predictions)", draw_risk_coverage),
-    "learning_curves": (read_history, "metrics.jsonl", draw_learning_curves),
-    "exits": (read_last, "results.json", draw_exits),
-    "early_exit": (read_early_exit, "trained exits and --val_split", figures.early_exit),
-}
+def early_exit(axis, runs: list[Run], **line) -> None:
+    results = [run.results.get("test", {}).get("last", {}).get("early_exit") for run in runs]
+    if None in results:
+        raise ValueError("no trained exits, or no --val_split")
+    backbone = results[0]["backbone_multiply_adds"]
+    curves = [sorted((point["multiply_adds"], point["accuracy"]) for point in result["curve"]) for result in results]
+    curves = [np.transpose(curve) for curve in curves]  # (2, thresholds)
+    cost = np.unique(np.concatenate(curves, axis=1)[0])
+    accuracy = np.array([np.interp(cost, *curve) for curve in curves])
+    figures.mean_band(axis, 100 * cost / backbone, accuracy, markevery=[], **line)
+
+    *at_exits, full = results[0]["multiply_adds"]
+    cost = 100 * np.array([*at_exits, backbone, full]) / backbone
+    axis.plot(cost, accuracies(runs).mean(axis=0), color=line["color"], marker=line["marker"], linestyle="")
+    text = "multiply-adds per image (% of the backbone)\nmarkers: exits, final, ensemble (no early exit)"
+    axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
 
 
-def draw(Figure, name: str, groups: list[list[Run]]):
-    """The named figure, or None if no run has what it needs; runs that lack it are printed."""
-    read, needed, draw_group = FIGURES[name]
+def draw(Figure, draw_group, groups: list[list[Run]]):
+    """A figure with a panel per network, or None without any data; a group of which a run lacks something is printed.
+
+    draw_group: one of the functions above.
+    """
+    networks = list(dict.fromkeys(runs[0].flags["classifier_type"] for runs in groups))
     labels = list(dict.fromkeys(runs[0].label for runs in groups))
-    panels, lacking = {}, []  # title of a panel: the labels and data of its groups
+    figure = Figure(figsize=(max(4.5, 3.2 * len(networks)), 3.3 + 0.17 * len(labels) / len(networks)))
+    axes = figure.subplots(1, len(networks), squeeze=False)[0]
     for runs in groups:
-        data = []
-        for run in runs:
-            try:
-                data.append(read(run))
-            except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-                lacking.append(Path(run.name).name)
-        network, label = runs[0].flags["classifier_type"], runs[0].label
-        if data:  # a reliability diagram is of one group
-            panels.setdefault((network, label if name == "reliability" else ""), []).append((label, data))
-    if lacking:
-        print(f"left out of {name}, which needs {needed}: {', '.join(lacking)}")
-    if not panels:
-        return None
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(4.5, 3.2 * columns), 3 * rows + 0.6))
-    for i, ((network, _), contents) in enumerate(panels.items(), start=1):
-        axis = figure.add_subplot(rows, columns, i, title=network)
-        for label, data in contents:
-            turn, colour = divmod(labels.index(label), len(figures.COLOURS))
-            draw_group(axis, data, label=label, color=figures.COLOURS[colour], linestyle=("-", "--", ":")[turn % 3])
-    figures.legend(figure)
-    return figure
+        network, i = runs[0].flags["classifier_type"], labels.index(runs[0].label)
+        axis = axes[networks.index(network)]
+        axis.set_title(network)
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 4], "marker": MARKERS[i % 7]}
+        try:
+            draw_group(axis, runs, label=textwrap.fill(labels[i], 40), **style)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            print(f"left out of {draw_group.__name__}: {', '.join(run.name for run in runs)} ({error})")
+    handles = {}
+    for axis in axes:
+        handles |= {handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(networks))
+    return figure if handles else None
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs = parser.add_argument("runs", nargs="*", type=Path, default=[ROOT / "experiments"], metavar="RUNS")
-    runs.help = "run directories, directories that hold some, or study files (default: the repository's experiments)"
+    text = "run directories, directories that hold some, or study files (default: the repository's experiments)"
+    parser.add_argument("runs", nargs="*", type=Path, default=[ROOT / "experiments"], metavar="RUNS", help=text)
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    if missing := [path for path in args.runs if not path.exists()]:
-        parser.error(f"{missing[0]}: no such file or directory")
-    groups, left_out = group_runs(find_runs(args.runs), "last")
-    for line in left_out:
-        print(f"left out: {line}")
-    if not groups:
-        sys.exit(f"error: no finished run in {', '.join(map(str, args.runs))}")
     try:
+        groups, left_out = group_runs(find_runs(args.runs), "last")
+        for line in left_out:
+            print(f"left out: {line}")
+        if not groups:
+            sys.exit(f"error: no finished run in {', '.join(map(str, args.runs))}")
         args.out.mkdir(parents=True, exist_ok=True)
         with figures.drawing() as Figure:
-            for name in FIGURES:
-                figure = draw(Figure, name, groups)
-                for kind in ("png", "pdf") if figure else ():
-                    path = args.out / f"{name}.{kind}"
-                    figure.savefig(path, metadata={"CreationDate": None})  # the same runs give the same file
-                    print(f"written: {path}")
+            for draw_group in (reliability, risk_coverage, learning_curves, exits, early_exit):
+                if figure := draw(Figure, draw_group, groups):
+                    for kind in ("png", "pdf"):
+                        path = args.out / f"{draw_group.__name__}.{kind}"
+                        figure.savefig(path, metadata={"CreationDate": None})  # the same runs give the same file
+                        print(f"written: {path}")
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}")
     except ImportError:
         sys.exit("error: matplotlib is missing: pip install -r scripts/requirements.txt")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

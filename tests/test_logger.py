@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils import figures
 from utils.logger import Logger, results_table
-from utils.metrics import reliability
+from utils.runtime import describe_error
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
 LABELS = torch.arange(6) % 3
@@ -27,9 +28,15 @@ def metrics(top1):
 def record(epoch, top1):
     return {
         "epoch": epoch, "lr": 0.1, "alpha_t": None, "seconds": 2.0, "seconds_validation": 0.5, "seconds_saving": 0.6,
-        "images_per_second": 99.0, "train": {"loss": 1.5, "ce": 1.0, "hint": 0.5, "top1_error": 60.0},
+        "images_per_second": 99.0, "train": {"loss": 1.5, "hint": 0.25, "top1_error": 60.0},
         "val": metrics(top1), "exits": [None, metrics(top1 + 5)], "ensemble": metrics(top1 - 1),
     }  # fmt: skip
+
+
+CHOSEN = {"threshold": 0.7, "accuracy": 75.5, "multiply_adds": 130}
+TEST = record(2, 25.0) | {"early_exit": {"backbone_multiply_adds": 200, "chosen": CHOSEN}}
+TEST["calibrated"] = {"val": {"ece": 1.25, "nll": 0.4}, "exits": [None, {"ece": 1.5, "nll": 1.0}]}
+RESULTS = {"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": TEST}}
 
 
 class FakeLoader:
@@ -48,47 +55,41 @@ class FakeLoader:
     denormalise = staticmethod(lambda images: images)
 
 
-def log_run(directory, history, num_resumed=0):
-    """Log a run of three epochs, the first `num_resumed` of which come from a checkpoint; return its events."""
+def log_run(directory):
+    """Log a run of three epochs, the first of which comes from a checkpoint; return its events."""
     log = Logger(directory, 3)
-    for i, line in enumerate(history):
-        log.epoch(line, is_new=i >= num_resumed)
-    log.start(FLAGS, FakeLoader())
-    results = {"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": record(2, 25.0)}}
-    log.finish(FLAGS, results, LOGITS, LABELS, FakeLoader())
+    log.start(FLAGS, FakeLoader(), [record(0, 30.0)])
+    log.epoch(record(1, 18.0))
+    log.epoch(record(2, 20.0))
+    log.finish(RESULTS, LOGITS, LABELS, FakeLoader())
     log.close()
     return EventAccumulator(str(directory / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
 
 
 @pytest.mark.filterwarnings("error:Glyph")
-def test_event_file_equals_the_records_also_of_an_older_run(tmp_path, capsys):
-    history = [record(0, 30.0), record(1, 18.0), record(2, 20.0)]
-    del history[0]["seconds_saving"], history[0]["val"]["eaurc"]
-    events = log_run(tmp_path, history, num_resumed=1)
-    expected = {f"test/{name}": [(2, pytest.approx(value))] for name, value in metrics(25.0).items()}
-    for line in history:
-        groups = {"run": line, "exits/2": line["exits"][1]} | {
-            name: line[name] for name in ("train", "val", "ensemble")
-        }
-        for tag, value in [(f"{group}/{name}", v) for group, values in groups.items() for name, v in values.items()]:
-            if isinstance(value, (int, float)):
-                expected.setdefault(tag, []).append((line["epoch"], pytest.approx(value)))
-    assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == expected
-    assert {f"figures/{name}" for name in ("training_images", "predictions", "mistakes")} == set(
-        events.Tags()["images"]
-    )
+def test_event_file_and_console(tmp_path, capsys):
+    events = log_run(tmp_path)
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    top1 = {"val": [30, 18, 20], "exits/2": [35, 23, 25], "ensemble": [29, 17, 19], "train": [60, 60, 60]}
+    for tag, values in {**{f"{k}/top1_error": v for k, v in top1.items()}, "train/hint": [0.25] * 3}.items():
+        assert found[tag] == list(enumerate(values))
+    assert found["test/top1_error"] == [(2, 25)] and found["run/images_per_second"] == [(t, 99) for t in range(3)]
+    assert not {"run/alpha_t", "exits/1/nll"} & found.keys()
+    assert set(events.Tags()["images"]) == {"figures/training_images", "figures/predictions", "figures/mistakes"}
     out = capsys.readouterr().out
     assert (tmp_path / "experiment.log").read_text() == out
     assert [f"epoch {t}/3" in out for t in (1, 2, 3)] == [False, True, True] and "0:00:03 left" in out
-    start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    flags = HParamsPluginData.FromString(start).session_start_info.hparams
+    hparams = {name: HParamsPluginData.FromString(c) for name, c in events.PluginTagToContent("hparams").items()}
+    flags = hparams["_hparams_/session_start_info"].session_start_info.hparams
     shown = {name: value.string_value or value.number_value for name, value in flags.items()}
     assert shown == {"lr": 0.1, "a_method": "True", "lr_decay_schedule": "[5, 7]", "limit_val": "None"}
+    columns = {column.name.tag for column in hparams["_hparams_/experiment"].experiment.metric_infos}
+    assert {"val/nll", "ensemble/top1_error", "test/top1_error"} <= columns <= found.keys()
 
 
 def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not log_run(tmp_path, []).Tags()["images"]
+    assert not log_run(tmp_path).Tags()["images"]
     assert capsys.readouterr().out.count("scripts/requirements.txt") == 1
 
 
@@ -102,14 +103,11 @@ def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path, monkeypatc
     thread.join()
     with pytest.raises(OSError) as error:
         log.epoch(record(0, 30.0))
-    assert error.value.filename == str(tmp_path / "tensorboard") and not tracebacks
+    assert describe_error(error.value, None).startswith(str(tmp_path / "tensorboard")) and not tracebacks
 
 
 def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
-    def write(text):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(sys.stdout, "write", write)
+    monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=BrokenPipeError))
     Logger(tmp_path, 3).say("text")
     assert (tmp_path / "experiment.log").read_text() == "text\n"
 
@@ -122,38 +120,37 @@ def test_bar_on_the_main_process_terminal_only(tmp_path, monkeypatch, directory,
     monkeypatch.setattr("tqdm.std.time", iter(range(0, 1000, 2)).__next__)  # every look at the clock is 2 s later
     log = Logger(directory and tmp_path, 3)
     meter = SimpleNamespace(own_means=lambda num_images: {"loss": 1.25, "top1_error": float(num_images)})
-    assert len(list(log.bar(0)(FakeLoader(), meter))) == 2
+    assert len(list(log.bar(FakeLoader(), meter))) == 2
     assert ("top-1 err 4.0 %" in stream.getvalue()) == bool(stream.getvalue()) == bool(directory and terminal)
 
 
 def test_image_sheets_pair_images_and_names():
     ((_, training),) = figures.training_images(FakeLoader())
     _, (_, mistakes) = figures.predictions(LOGITS, LABELS, FakeLoader())
-    shown = [
+    first, second = (
         [(a.images[0].get_array()[0, 0, 0], *a.get_title().split("\n")) for a in f.axes] for f in (training, mistakes)
-    ]
+    )
     names = [name[:24] for name in FakeLoader.class_names]
-    assert shown[0] == [(10 * i, names[i % 3]) for i in range(4)]
+    assert first == [(10 * i, names[i % 3]) for i in range(4)]
     # The most confident first: row 1 with a logit of 4, then row 3 with 3.
-    assert [row[:3] for row in shown[1]] == [(10, names[1], names[0]), (30, names[0], names[1])]
-    assert shown[1][0][3] == f"{100 * LOGITS[1].softmax(dim=0)[0]:.1f} %"
+    probability = LOGITS.softmax(dim=1)
+    assert second[0] == (10, names[1], names[0], f"{100 * probability[1, 0]:.1f} %")
+    assert second[1:] == [(30, names[0], names[1], f"{100 * probability[3, 1]:.1f} %")]
 
 
-def test_reliability_diagram_shows_accuracy_and_gap():
-    confidence, wrong = torch.tensor([[0.95, 0.95, 0.55, 0.55], [1, 0, 0, 0]], dtype=torch.float64)
+def test_reliability_diagram_shows_means_over_runs_of_the_bins_that_all_have():
+    first, second = ([0.95, 0.95, 0.55, 0.55], [1, 0, 0, 0]), ([0.91, 0.91, 0.51, 0.05], [0, 0, 1, 1])
+    runs = [tuple(torch.tensor(values, dtype=torch.float64) for values in run) for run in (first, second)]
     with figures.drawing() as Figure:
         axis = Figure().subplots()
-        figures.reliability_diagram(axis, torch.stack(reliability(confidence, wrong)).numpy())
-    accuracy, gap = ([bar.get_height() for bar in bars] for bars in axis.containers)
-    assert accuracy == pytest.approx([0] * 5 + [100] + [0] * 3 + [50])
-    assert gap == pytest.approx([0] * 5 + [-45] + [0] * 3 + [45])
+        figures.reliability_diagram(axis, runs, color="black")
+    points = axis.collections[1]
+    assert points.get_offsets().tolist() == [pytest.approx([53, 50]), pytest.approx([93, 75])]
+    assert points.get_sizes()[0] / points.get_sizes()[1] == pytest.approx(3 / 4)  # 1.5 and 2 of 4 images
 
 
 def test_results_table():
-    early_exit = {"backbone_multiply_adds": 200, "chosen": {"threshold": 0.7, "accuracy": 75.5, "multiply_adds": 130}}
-    calibrated = {"val": {"ece": 1.25, "nll": 0.4}, "exits": [None, {"ece": 1.5, "nll": 1.0}]}
-    test = record(2, 25.0) | {"calibrated": calibrated, "early_exit": early_exit}
-    lines = results_table({"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": test}})
+    lines = results_table(RESULTS).splitlines()
     assert [line.split()[0] for line in lines if line[0] != " "] == ["last", "last", "last", "best"]
     rows = [line.split() for line in lines]
     assert rows[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
@@ -161,4 +158,4 @@ def test_results_table():
     assert rows[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
     assert all(number in lines[13] for number in ("0.70", "24.50 %", " 65 %"))  # threshold, error, multiply-adds
     same = {"last": record(2, 18.0), "best": record(2, 18.0)}
-    assert sum("final" in line for line in results_table(same)) == 1
+    assert results_table(same).count("final") == results_table({"last": record(2, 18.0)}).count("final") == 1

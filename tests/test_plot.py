@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_logger import metrics
 
 from utils import figures
 from utils.metrics import classification_metrics
@@ -16,10 +17,6 @@ import plot
 import summarize
 
 LABELS = torch.arange(60) % 5
-
-
-def metrics(top1):
-    return {"top1_error": top1, "top5_error": 4.0, "nll": 1.0, "ece": 4.0, "aurc": 50.0, "eaurc": 20.0}
 
 
 def make_run(root, name, top1, **flags):
@@ -41,40 +38,44 @@ def make_run(root, name, top1, **flags):
     (root / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     logits = torch.randn(60, 5, generator=torch.Generator().manual_seed(flags["seed"])) + torch.eye(5)[LABELS]
     np.savez(root / name / "predictions.npz", logits=logits.numpy(), labels=LABELS.numpy())
-    return classification_metrics(logits, LABELS)
+    return classification_metrics(logits, LABELS)["top1_error"]
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two seeds with exits and one baseline, whose predictions are damaged; and the metrics of the two."""
-    scores = [make_run(tmp_path / "runs", f"byot{seed}", 20.0 + seed, BYOT=True, seed=seed) for seed in (1, 3)]
+    """Two seeds with exits, and one baseline, whose predictions are damaged; and the top-1 errors of the two."""
+    top1 = [make_run(tmp_path / "runs", f"byot{seed}", 20.0 + seed, BYOT=True, seed=seed) for seed in (1, 3)]
     make_run(tmp_path / "runs", "baseline", 25.0, seed=1)
     (tmp_path / "runs" / "baseline" / "predictions.npz").write_bytes(b"PK\x03\x04 cut")
-    return tmp_path / "runs", scores
+    return tmp_path / "runs", top1
 
 
 def test_figures_show_means_over_seeds(runs):
-    path, scores = runs
-    groups = summarize.group_runs(summarize.find_runs([path]), "last")[0]
+    groups = summarize.group_runs(summarize.find_runs([runs[0]]), "last")[0]
+    lines = {}
     with figures.drawing() as Figure:
-        drawn = {name: plot.draw(Figure, name, groups).axes[0] for name in plot.FIGURES}
-    lines = {name: [line.get_xydata().tolist() for line in axis.lines] for name, axis in drawn.items()}
-    eces = [score["ece"] for score in scores]
-    assert drawn["reliability"].get_title() == f"resnet18\nBYOT\nECE {np.mean(eces):.2f} ± {np.std(eces, ddof=1):.2f} %"
-    assert lines["risk_coverage"][0][-1] == pytest.approx([100, np.mean([score["top1_error"] for score in scores])])
+        for name in ("risk_coverage", "learning_curves", "exits", "early_exit"):
+            axis = plot.draw(Figure, getattr(plot, name), groups).axes[0]
+            lines[name] = [line.get_xydata().tolist() for line in axis.lines]
+            if name == "learning_curves":
+                band = axis.collections[1].get_paths()[0].vertices[:, 1]
+    assert lines["risk_coverage"][0][-1] == pytest.approx([100, np.mean(runs[1])])
     assert lines["learning_curves"][1] == [[1, 62], [2, 52], [3, 42], [4, 32]]
-    band = drawn["learning_curves"].collections[1].get_paths()[0].vertices[:, 1]
     assert [band.min(), band.max()] == pytest.approx([32 - 2**0.5, 62 + 2**0.5])
-    assert lines["exits"][0] == [[1, 75]] and lines["exits"][2][::2] == [[1 / 3, 69], [1, 78]]
-    assert lines["exits"][3] == [[1.25, 79]]
-    curve, exits, final, ensemble = lines["early_exit"]
-    assert curve == [[30, 62], [60, 75], [110, 82]] and exits[0] == [30, 69]
-    assert (final, ensemble) == ([[100, 78]], [[110, 79]])
+    baseline, _, exits, ensemble = lines["exits"]
+    shift = ensemble[0][0] - 1.25
+    assert baseline[2] == [1, 75] and ensemble == [[1.25 + shift, 79]] and 0 < shift < 0.05
+    assert exits[::2] == [pytest.approx([1 / 3 + shift, 69]), pytest.approx([1 + shift, 78])]
+    curve, classifiers = lines["early_exit"]
+    assert curve == [[30, 62], [60, 75], [110, 82]]
+    assert classifiers[0] == [30, 69] and classifiers[2:] == [[100, 78], [110, 79]]
 
 
 def test_files_and_what_is_left_out(runs, tmp_path, capsys):
-    assert plot.main([str(runs[0]), "--out", str(tmp_path / "a" / "figures")]) == 0
-    files = {path.name for path in (tmp_path / "a" / "figures").iterdir()}
-    assert files == {f"{name}.{kind}" for name in plot.FIGURES for kind in ("png", "pdf")}
-    left_out = [line.split()[3].strip(",") for line in capsys.readouterr().out.splitlines() if "baseline" in line]
-    assert left_out == ["reliability", "risk_coverage", "early_exit"]
+    plot.main([str(runs[0]), "--out", str(tmp_path / "a" / "figures")])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a" / "figures").iterdir()}
+    names = ("reliability", "risk_coverage", "learning_curves", "exits", "early_exit")
+    assert files.keys() == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert b"/FontFile2" in files["exits.pdf"]  # an embedded TrueType font
+    lines = [line for line in capsys.readouterr().out.splitlines() if "runs/baseline (" in line]
+    assert [line.split()[3] for line in lines] == ["reliability:", "risk_coverage:", "early_exit:"]
