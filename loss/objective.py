@@ -62,18 +62,18 @@ class Objective(nn.Module):
         self.terms = nn.ModuleList(terms)
         self.targets = targets
 
+    def _with_hooks(self) -> list[nn.Module]:
+        return [module for module in (self.targets, *self.terms) if module is not None]
+
     def set_epoch(self, epoch: int) -> None:
         """Tell every term that epoch `epoch`, counted from 0, begins."""
-        for module in self._modules_with_hooks():
+        for module in self._with_hooks():
             module.set_epoch(epoch)
 
     def end_epoch(self) -> None:
         """Tell every term that all images of the epoch have been seen."""
-        for module in self._modules_with_hooks():
+        for module in self._with_hooks():
             module.end_epoch()
-
-    def _modules_with_hooks(self) -> list[nn.Module]:
-        return [*([] if self.targets is None else [self.targets]), *self.terms]
 
     @property
     def alpha_t(self) -> float | None:
@@ -83,8 +83,8 @@ class Objective(nn.Module):
     def forward(
         self, outputs: Outputs, labels: Tensor, index: Tensor, batch_size: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Args: the network's outputs; labels (N,) int64; index (N,) int64, the images' rows in the split; the number
-        of images over all processes (default: N times the number of processes)."""
+        """labels (N,) int64; index (N,) int64, the images' rows in the training split; batch_size, the number of images
+        over all processes (default: N times the number of processes)."""
         processes = distributed.world_size()
         batch_size = batch_size or processes * len(labels)
         targets = labels if self.targets is None else self.targets(outputs, labels, index)

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,22 +10,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.exits import AttentionExit, BottleneckExit, MultiExitResNet, Outputs
-from utils.checkpoint import BEST, LAST, load_checkpoint, load_states
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_states, read_json
 from utils.flags import add_number
-from utils.runtime import UserError, first_line
+from utils.runtime import UserError
 
-__all__ = [
-    "ALIASES",
-    "MODELS",
-    "Architecture",
-    "Outputs",
-    "add_flags",
-    "build_model",
-    "check_flags",
-    "load_run",
-    "min_width",
-    "num_exits",
-]
+__all__ = ["ALIASES", "MODELS", "Outputs", "add_flags", "build_model", "check_flags", "load_run", "num_exits"]
 
 
 class Architecture(NamedTuple):
@@ -59,7 +47,8 @@ def add_flags(parser) -> None:
     number = functools.partial(add_number, group)
     group.add_argument(
         "--classifier_type",
-        choices=[*MODELS, *ALIASES],
+        type=lambda name: ALIASES.get(name, name),
+        choices=MODELS,
         default="resnet18",
         metavar="NAME",
         help=f"one of {', '.join([*MODELS, *ALIASES])} (default: %(default)s, the paper's first; "
@@ -70,9 +59,8 @@ def add_flags(parser) -> None:
 
 
 def check_flags(args, fail) -> None:
-    """Resolve the published script's names, check the width; `fail(message)` reports an error and does not return."""
-    args.classifier_type = ALIASES.get(args.classifier_type, args.classifier_type)
-    narrowest = min_width(args.classifier_type, args.num_resnet_blocks, num_exits(args) > 0)
+    """Check that every layer has a channel; `fail(message)` reports an error and does not return."""
+    narrowest = 64 // MODELS[args.classifier_type].width_per_group  # a group has width * width_per_group / 64
     if args.width < narrowest:
         fail(
             f"argument --width: {args.width} leaves a layer without channels; {args.classifier_type} needs "
@@ -85,17 +73,6 @@ def num_exits(args) -> int:
     return args.num_resnet_blocks - 1 if args.BYOT or args.DML else 0
 
 
-def min_width(name: str, num_blocks: int, has_exits: bool) -> int:
-    """Smallest `--width` that leaves every layer of the network at least one channel."""
-    arch = MODELS[name]
-    width = -(-64 // arch.width_per_group)  # a bottleneck has width * width_per_group / 64 channels per group
-    if arch.block is BasicBlock:
-        width = 1
-    if has_exits and arch.exit is BottleneckExit:  # squeezes the feature to a quarter
-        width = max(width, -(-4 // (2 ** (num_blocks - 1) * arch.block.expansion)))
-    return width
-
-
 def build_model(args, num_classes: int) -> MultiExitResNet:
     """Build the network that the flags ask for.
 
@@ -103,7 +80,7 @@ def build_model(args, num_classes: int) -> MultiExitResNet:
     architecture alone; the complete backbone is initialised before any exit, so that it starts from the same
     weights with and without exits. The global random state is left as it was.
     """
-    arch = MODELS[ALIASES.get(args.classifier_type, args.classifier_type)]
+    arch = MODELS[args.classifier_type]
     backbone = {
         "block": arch.block,
         "depths": arch.depths[: args.num_resnet_blocks],
@@ -131,25 +108,22 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
     Raises:
         UserError: files that are missing, damaged or do not fit each other.
     """
-    path, name = Path(path), {"last": LAST, "best": BEST}[epoch]
-    checkpoint = load_checkpoint(path / name)
-    args = argparse.Namespace(**checkpoint["args"])
-    file = "config.json"
+    path = Path(path)
+    file = path / {"last": LAST, "best": BEST}[epoch]
+    checkpoint, results = load_checkpoint(file), read_json(path / "results.json")
+    if not results:
+        raise UserError(f"{path / 'results.json'} is missing or damaged")
     try:
-        config = json.loads((path / file).read_text())["data"]
-        info = {key: config[key] for key in ("class_names", "mean", "std")}
-        file = "results.json"
-        test = json.loads((path / file).read_text()).get("test") or {}
-        temperatures = test[epoch]["temperatures"] if epoch in test else None
-        file = name
-        model = build_model(args, len(info["class_names"])).eval()
-        trained = [1.0 if exit_ else None for exit_ in checkpoint["history"][-1]["exits"]]
-        info["image_size"] = args.image_size
-        if args.image_size % 8 or not torch.tensor([info["mean"], info["std"]]).isfinite().all():
-            raise ValueError("image_size, mean or std")
-    except (OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{path / file} is not of a complete run ({first_line(e)})") from None
-    load_states(checkpoint, path / name, model=model)
+        data = read_json(path / "config.json")["data"]
+        info = {key: data[key] for key in ("class_names", "mean", "std")}
+    except (KeyError, TypeError):
+        raise UserError(f"{path / 'config.json'} is missing or damaged") from None
+    args = argparse.Namespace(**checkpoint["args"])
+    model = build_model(args, len(info["class_names"])).eval()
+    load_states(checkpoint, file, model=model)
+    test = results.get("test") or {}
+    temperatures = test[epoch]["temperatures"] if epoch in test else None
+    trained = [1.0 if metrics else None for metrics in checkpoint["history"][-1]["exits"]]
     model.temperatures = temperatures or [*trained, 1.0]
-    info |= {"args": args, "epoch": checkpoint["epoch"], "temperatures": temperatures}
+    info |= {"image_size": args.image_size, "args": args, "epoch": checkpoint["epoch"], "temperatures": temperatures}
     return model, info

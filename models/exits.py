@@ -27,7 +27,7 @@ class BottleneckExit(nn.Module):
 
     def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):
         super().__init__()
-        kernel, squeezed = 2 ** (4 - number), feature_dim // 4
+        kernel, squeezed = 2 ** (4 - number), max(1, feature_dim // 4)
 
         def conv(in_channels, out_channels, size):
             return [
@@ -113,8 +113,12 @@ class MultiExitResNet(ResNet):
         self.temperatures: list[float | None] = [1.0] * (len(inner) + 1)
 
     def forward(self, images: Tensor) -> Outputs:
-        maps = self.stages(images)
-        exit_maps = [exit_(m) for exit_, m in zip(self.exits, maps)]  # noqa: B905  (the last map has no exit)
+        x = self.stem(images)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        exit_maps = [exit_(m) for exit_, m in zip(self.exits, maps, strict=False)]  # the last map has no exit
         with torch.autocast(images.device.type, enabled=False):
             dtype = self.fc.weight.dtype
             feature = pool(maps[-1], dtype)
@@ -136,30 +140,27 @@ class MultiExitResNet(ResNet):
             logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
             final classifier.
         """
+        exits = self._deciding_exits() if threshold <= 1 else {}
         logits = images.new_zeros(len(images), self.fc.out_features, dtype=self.fc.weight.dtype)
         decided_by = torch.full((len(images),), self.num_stages, device=images.device)
         remaining = torch.arange(len(images), device=images.device)
         x = self.stem(images)
-        for i in range(1, self.num_stages + 1):
-            x = self.stage(i)(x)
-            if i == self.num_stages:
-                logits[remaining] = self._classify(self, x)
-            elif i <= len(self.exits) and threshold <= 1 and self.temperatures[i - 1] is not None:
-                exit_ = self.exits[i - 1]
-                exit_logits = self._classify(exit_, exit_(x))
+        for i, stage in enumerate(self.stages, start=1):
+            x = stage(x)
+            if i in exits:
+                exit_logits = _classify(exits[i].fc, exits[i](x))
                 stop = confidence(exit_logits, self.temperatures[i - 1]) >= threshold
                 logits[remaining[stop]], decided_by[remaining[stop]] = exit_logits[stop], i
                 if stop.all():
-                    break
+                    return logits, decided_by
                 if stop.any():
                     x, remaining = x[~stop], remaining[~stop]
+        logits[remaining] = _classify(self.fc, x)
         return logits, decided_by
 
-    @staticmethod
-    def _classify(owner: nn.Module, feature_map: Tensor) -> Tensor:
-        """A map (N, C, H, W) -> logits (N, K) of the owner's classifier, outside autocast."""
-        with torch.autocast(feature_map.device.type, enabled=False):
-            return owner.fc(pool(feature_map, owner.fc.weight.dtype))
+    def _deciding_exits(self) -> dict[int, nn.Module]:
+        """The exits that a loss trains, by number."""
+        return {i: exit_ for i, exit_ in enumerate(self.exits, start=1) if self.temperatures[i - 1] is not None}
 
     @torch.no_grad()
     def multiply_adds(self, image_size: int) -> tuple[list[int], int]:
@@ -169,24 +170,30 @@ class MultiExitResNet(ResNet):
             those of stopping at each exit, shallow to deep, and of going to the end, every trained exit on the way
             included, as predict_early runs; and those of the backbone alone.
         """
-        device = self.fc.weight.device
+        exits, totals, on_exits = self._deciding_exits(), [], 0
+        image = torch.zeros(1, 3, image_size, image_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         training = self.training
         self.eval()
-        totals, backbone, on_exits = [], 0, 0
         with FlopCounterMode(display=False) as counter:
-            x = self.stem(torch.zeros(1, 3, image_size, image_size, device=device, dtype=self.fc.weight.dtype))
-            for i in range(1, self.num_stages + 1):
-                x = self.stage(i)(x)
-                if i == self.num_stages:
-                    self._classify(self, x)
-                backbone = counter.get_total_flops() // 2 - on_exits
-                if i <= len(self.exits) and self.temperatures[i - 1] is not None:
-                    self._classify(self.exits[i - 1], self.exits[i - 1](x))
-                    on_exits = counter.get_total_flops() // 2 - backbone
-                if i <= len(self.exits) or i == self.num_stages:
-                    totals.append(backbone + on_exits)
+            x = self.stem(image)
+            for i, stage in enumerate(self.stages, start=1):
+                x = stage(x)
+                if i in exits:
+                    before = counter.get_total_flops()
+                    _classify(exits[i].fc, exits[i](x))
+                    on_exits += counter.get_total_flops() - before
+                if i <= len(self.exits):
+                    totals.append(counter.get_total_flops() // 2)
+            _classify(self.fc, x)
+            totals.append(counter.get_total_flops() // 2)
         self.train(training)
-        return totals, backbone
+        return totals, totals[-1] - on_exits // 2
+
+
+def _classify(fc: nn.Linear, feature_map: Tensor) -> Tensor:
+    """A map (N, C, H, W) -> logits (N, K), outside autocast."""
+    with torch.autocast(feature_map.device.type, enabled=False):
+        return fc(pool(feature_map, fc.weight.dtype))
 
 
 def confidence(logits: Tensor, temperature: float) -> Tensor:

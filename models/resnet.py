@@ -51,45 +51,31 @@ class ResNet(nn.Module):
         self.conv1 = conv3x3(3, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
+        self.num_stages = len(depths)  # B
         self.stage_channels = []
         channels = width
         for s, depth in enumerate(depths):
             planes, stride = width * 2**s, 1 if s == 0 else 2
             out = planes * block.expansion
-            kwargs = {} if block.expansion == 1 else {"groups": groups, "base_width": width_per_group}
-            blocks = []
-            for b in range(depth):
-                downsample = None
-                if b == 0 and (stride != 1 or channels != out):
-                    shortcut = conv1x1(channels, out, stride)
-                    if channels < 16 and stride > 1:
-                        shortcut = _SlicedConv1x1(channels, out, 1, stride, bias=False)
-                    downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
-                blocks.append(block(channels, planes, stride if b == 0 else 1, downsample, **kwargs))
-                channels = out
+            downsample = None
+            if stride != 1 or channels != out:
+                shortcut = conv1x1(channels, out, stride)
+                if channels < 16 and stride > 1:
+                    shortcut = _SlicedConv1x1(channels, out, 1, stride, bias=False)
+                downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
+            blocks = [block(channels, planes, stride, downsample, groups, width_per_group)]
+            blocks += [block(out, planes, groups=groups, base_width=width_per_group) for _ in range(1, depth)]
             setattr(self, f"layer{s + 1}", nn.Sequential(*blocks))
-            self.stage_channels.append(channels)
+            self.stage_channels.append(out)
+            channels = out
         self.fc = nn.Linear(channels, num_classes)
         init_weights(self)
 
     @property
-    def num_stages(self) -> int:
-        """B."""
-        return len(self.stage_channels)
+    def stages(self) -> list[nn.Module]:
+        """The B stages; stage s gives maps (N, C_s, S / 2**(s-1), S / 2**(s-1))."""
+        return [getattr(self, f"layer{s}") for s in range(1, self.num_stages + 1)]
 
     def stem(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S) -> (N, width, S, S)."""
         return self.relu(self.bn1(self.conv1(images)))
-
-    def stage(self, number: int) -> nn.Sequential:
-        """Stage 1..B."""
-        return getattr(self, f"layer{number}")
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """Images (N, 3, S, S) -> the B stages' maps, (N, C_s, S / 2**(s-1), S / 2**(s-1))."""
-        x = self.stem(images)
-        maps = []
-        for s in range(1, self.num_stages + 1):
-            x = self.stage(s)(x)
-            maps.append(x)
-        return maps

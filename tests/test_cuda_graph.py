@@ -26,7 +26,7 @@ COMBINATIONS = (ALL, "--PSKD --DML --DML_on_output --classifier_type resnet34", 
 # Operations for which the processor waits for the device.
 WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten._unique2"}
 EXACT = {"rtol": 0, "atol": 0}
-# For 18 steps in float64. In float32 they amplify rounding to order one.
+# For 18 steps in float64: they amplify a relative error of 1e-12 to less than this, and one of 1e-7 to order one.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -43,8 +43,8 @@ def loader(args, device, dtype, **training) -> Loader:
     return images
 
 
-def train(device, words: str, dtype=torch.float64, graph=False, compile=False, noise=0.0) -> dict:
-    """What the epochs of a run leave behind; gradients are multiplied by 1 + `noise` x a normal number."""
+def train(device, words: str, dtype=torch.float64, graph=False, compile=False) -> dict:
+    """What the epochs of a run leave behind."""
     args = parse(words)
     images = loader(args, device, dtype, augmentation="crop", batch_size=args.batch_size)
     model = build_model(args, 10).to(device, dtype, memory_format=torch.channels_last)
@@ -52,8 +52,6 @@ def train(device, words: str, dtype=torch.float64, graph=False, compile=False, n
     optimizer, schedule = engine.build_optimizer(args, model), engine.build_schedule(args)
     step = engine.TrainStep(model, objective, optimizer, device, args.precision, compile)
     step = GraphedStep(step) if graph else step
-    for parameter in model.parameters() if noise else ():
-        parameter.register_hook(lambda gradient: gradient * (1 + noise * torch.randn_like(gradient)))
     means = []
     for epoch in range(args.end_epoch):
         optimizer.param_groups[0]["lr"] = schedule(epoch)
@@ -125,12 +123,6 @@ def test_every_tensor_is_on_the_gpu(words, augmentation):
         logits, _ = engine.predict(model, loader(args, CUDA, torch.float32), "fp32")
     assert {t.device.type for t in (batch, labels, index, loss, logits, step.meter.sums)} == {"cuda"}
     assert logits.shape == (4, args.limit_train, 10) and step.optimizer.defaults["fused"]
-
-
-def test_tolerance_of_the_gpu_tests_admits_rounding_in_float64_and_not_in_float32():
-    torch.testing.assert_close(train(CPU, ALL, noise=1e-12), train(CPU, ALL), **TOLERANCE)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(*(train(CPU, ALL, torch.float32, noise=n) for n in (1e-7, 0)), **TOLERANCE)
 
 
 @on_gpu

@@ -23,7 +23,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     for _ in range(50):
         middle = (low + high) / 2
         slope = ((z * 10**middle).softmax(dim=1) * z).sum(dim=1).mean() - z_label
-        low, high = (low, middle) if slope > 0 else (middle, high)
+        if slope > 0:
+            high = middle
+        else:
+            low = middle
     return 10 ** -((low + high) / 2)
 
 
@@ -35,34 +38,35 @@ def calibrate(heldout: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], train
         trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
 
     Returns:
-        `temperatures` (B; None for untrained exits) and `calibrated`: `val`, the final classifier's `ece` and `nll`,
-        and `exits`, each exit's, None for an untrained one.
+        `temperatures` (B); `calibrated`: `ece` and `nll` of the final classifier, `val`, and of each exit, `exits`.
+        None stands for an untrained exit.
     """
-    temperatures, calibrated = [], []
+    (heldout_logits, heldout_labels), (test_logits, test_labels) = heldout, test
+    temperatures, calibrated = [None] * len(test_logits), [None] * len(test_logits)
     for i, is_trained in enumerate([*trained_exits, True]):
-        temperatures.append(fit_temperature(heldout[0][i], heldout[1]) if is_trained else None)
-        metrics = classification_metrics(test[0][i].double() / temperatures[i], test[1]) if is_trained else None
-        calibrated.append(metrics and {name: metrics[name] for name in ("ece", "nll")})
+        if is_trained:
+            temperatures[i] = fit_temperature(heldout_logits[i], heldout_labels)
+            metrics = classification_metrics(test_logits[i].double() / temperatures[i], test_labels)
+            calibrated[i] = {"ece": metrics["ece"], "nll": metrics["nll"]}
     return {"temperatures": temperatures, "calibrated": {"val": calibrated[-1], "exits": calibrated[:-1]}}
 
 
 def early_exit_curve(
     heldout, test, temperatures: list[float | None], multiply_adds: list[int], backbone_multiply_adds: int
 ) -> dict:
-    """Accuracy and cost on the test split when an image stops at the first exit whose confidence, after its
-    temperature, reaches a threshold; thresholds come from the held-out images alone.
+    """Accuracy and cost when an image stops at the first exit whose confidence reaches a threshold.
 
     Args:
-        heldout, test: logits (B, M, K) and labels (M,), as for `calibrate`.
-        temperatures: (B,), None for exits that never decide.
+        heldout, test: logits (B, M, K) and labels (M,), as for `calibrate`; thresholds come from `heldout` alone.
+        temperatures: (B,), by which logits are divided first; None for exits that never decide.
         multiply_adds: (B,) per image, of stopping at exit 1..B-1 and of going to the end.
         backbone_multiply_adds: of the network without exits, which is what runs where no exit may decide.
 
     Returns:
         `multiply_adds` and `backbone_multiply_adds` as given; `curve`, a list of {threshold, heldout_accuracy (%),
-        accuracy (%), multiply_adds (mean per image)}, the first stopping at the first exit, the last never; and
-        `chosen`, the entry that costs least on the held-out images among those whose held-out accuracy is at least
-        the final classifier's less TOLERANCE.
+        accuracy (%), multiply_adds (mean per image)}, the latter two of `test`, from always stopping at the first exit
+        to never stopping; and `chosen`, its entry that costs least on `heldout` among those whose held-out accuracy is
+        at least the final classifier's less TOLERANCE.
     """
     usable = [i for i, t in enumerate(temperatures) if t is not None]
     costs = torch.tensor([multiply_adds[i] for i in usable], dtype=torch.float64)
@@ -82,19 +86,19 @@ def early_exit_curve(
 
     held, tested = read(*heldout), read(*test)
     quantiles = torch.linspace(0, 1, NUM_THRESHOLDS, dtype=torch.float64)[1:-1]
-    thresholds = [0.0, *held[0][:-1].flatten().quantile(quantiles).tolist(), 1.01]
     curve, heldout_costs = [], []
-    for threshold in thresholds:
-        heldout_accuracy, heldout_cost = measure(*held, threshold)
-        accuracy, cost = measure(*tested, threshold)
-        keys = ("threshold", "heldout_accuracy", "accuracy", "multiply_adds")
-        curve.append(dict(zip(keys, (threshold, heldout_accuracy, accuracy, cost), strict=True)))
+    for threshold in (0.0, *held[0][:-1].flatten().quantile(quantiles).tolist(), 1.01):
+        point = {"threshold": threshold}
+        point["heldout_accuracy"], heldout_cost = measure(*held, threshold)
+        point["accuracy"], point["multiply_adds"] = measure(*tested, threshold)
+        curve.append(point)
         heldout_costs.append(heldout_cost)
     required = curve[-1]["heldout_accuracy"] - TOLERANCE
     qualified = [i for i, point in enumerate(curve) if point["heldout_accuracy"] >= required]
+    chosen = curve[min(qualified, key=lambda i: heldout_costs[i])]
     return {
         "multiply_adds": multiply_adds,
         "backbone_multiply_adds": backbone_multiply_adds,
         "curve": curve,
-        "chosen": curve[min(qualified, key=heldout_costs.__getitem__)],
+        "chosen": chosen,
     }

@@ -21,7 +21,6 @@ class GraphedStep:
 
     def __init__(self, step):
         self.step, self.meter, self.objective = step, step.meter, step.objective
-        self.graph = None
         self.captured_lr = None
         self.shape = None  # of the first batch, the one worth capturing
         self.warm = 0
@@ -42,7 +41,7 @@ class GraphedStep:
                 if any(text in str(error) for error in (e, e.__context__) for text in OUT_OF_MEMORY):
                     raise
                 print(f"note: the step could not be captured ({first_line(e)}): running without", file=sys.stderr)
-                self.failed, self.graph = True, None
+                self.failed = True
                 self._run(images, labels, index, batch_size)
                 return
             self.captured_lr = lr

@@ -82,8 +82,8 @@ class TrainStep:
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.device, self.precision = device, precision
         self.meter = Meter(device)
-        self.compiled = torch.compile(self.forward, dynamic=False) if compile else None
-        self.compiled_size = None
+        self.compiled = torch.compile(self.forward, dynamic=False) if compile else self.forward
+        self.compiled_size = None  # of the first batch
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
         with autocast(self.precision, self.device):
@@ -93,12 +93,8 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """images (N, 3, S, S), labels (N,), index (N,); batch_size: images in this step over all processes."""
-        forward = self.forward
-        if self.compiled is not None:
-            size = images.shape, batch_size  # with several processes, equal shards can be of unequal batches
-            self.compiled_size = self.compiled_size or size
-            if size == self.compiled_size:
-                forward = self.compiled
+        self.compiled_size = self.compiled_size or batch_size
+        forward = self.compiled if batch_size == self.compiled_size else self.forward
         loss, parts, logits = forward(images, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -170,7 +166,7 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
     metrics = [classification_metrics(e, labels) if ok else None for e, ok in zip(exits, trained_exits, strict=True)]
     ensemble = None
     if any(trained_exits):
-        members = torch.stack([e for e, ok in zip(exits, trained_exits, strict=True) if ok] + [final])
+        members = logits[[*trained_exits, True]]
         # log of the sum of probabilities, which the softmax of the metrics normalises; in logs, so that nothing
         # underflows to an infinite NLL
         ensemble = classification_metrics(members.double().log_softmax(dim=2).logsumexp(dim=0), labels)
@@ -180,13 +176,11 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
 def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:
     """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
-    Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.
+    Called once per epoch, so that no step waits for it.
     """
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
         return ", ".join(name for name in bad if name != "loss") or "loss"
-    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
-    if largest.isfinite().all():
-        return None
-    return next(name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value))
+    tensors = model.state_dict()
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite), None)

@@ -45,20 +45,15 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         raise ValueError(f"need logits (M, K) and labels (M,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}")
-    logits = logits.detach().double()
-    top = logits.max(dim=1).values
-    if not torch.isfinite(top).all():  # a NaN or +inf in a row is its maximum
+    confidence, rank, nll = _per_sample(logits, labels)
+    if not confidence.isfinite().all():  # a NaN or +inf in a row makes it NaN
         raise ValueError("logits are not finite")
-    log_norm = logits.logsumexp(dim=1)
-    of_label = logits.gather(1, labels[:, None])
-    rank = label_rank(logits, labels)
     wrong = (rank > 0).double()
-    confidence = (top - log_norm).exp()
     curve = risk_coverage_curve(confidence, wrong)
     values = {
         "top1_error": 100 * wrong.mean(),
         "top5_error": 100 * (rank >= 5).double().mean(),
-        "nll": (log_norm - of_label[:, 0]).mean(),
+        "nll": nll.mean(),
         "ece": 100 * expected_calibration_error(confidence, wrong),
         "aurc": 1000 * curve.mean(),
         # The best ordering has every wrong sample last, which is what ordering by -wrong gives.
@@ -67,19 +62,21 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the label, (M,) int64: 0 where the prediction is right."""
+def _per_sample(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest probability, number of classes that come before the label, and NLL: (M,) each."""
+    logits = logits.detach().double()
+    log_norm = logits.logsumexp(dim=1)
     of_label = logits.gather(1, labels[:, None])
     before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    return ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
+    rank = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
+    return (logits.max(dim=1).values - log_norm).exp(), rank, log_norm - of_label[:, 0]
 
 
 def confidence_and_wrong(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Largest probability, and 1 where the prediction is wrong, else 0: (M,) float64 each, of logits (M, K) and
     labels (M,)."""
-    logits = logits.double()
-    confidence = (logits.max(dim=1).values - logits.logsumexp(dim=1)).exp()
-    return confidence, (label_rank(logits, labels) > 0).double()
+    confidence, rank, _ = _per_sample(logits, labels)
+    return confidence, (rank > 0).double()
 
 
 def reliability(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,11 +85,11 @@ def reliability(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tens
     Bins are equally wide, open below and closed above (Guo et al., ICML 2017). confidence (M,) float64 in
     (0, 1], wrong (M,) of 0 and 1.
     """
-    borders = torch.tensor([i / NUM_BINS for i in range(1, NUM_BINS)], dtype=confidence.dtype, device=confidence.device)
+    borders = confidence.new_tensor([i / NUM_BINS for i in range(1, NUM_BINS)])
     which = torch.bucketize(confidence, borders)
     sums = confidence.new_zeros(3, NUM_BINS)
     sums.index_add_(1, which, torch.stack([torch.ones_like(confidence), confidence, 1 - wrong]))
-    return sums[0], sums[1], sums[2]
+    return sums.unbind()
 
 
 def expected_calibration_error(confidence: Tensor, wrong: Tensor) -> Tensor:
