@@ -72,9 +72,8 @@ def parse_args(argv: list[str] | None = None, fail: Callable | None = None) -> a
 
 def default_run_name(args) -> str:
     """`<data>_<model>_<methods>_seed<seed>`."""
-    model = models.ALIASES.get(args.classifier_type, args.classifier_type)
     methods = [method for method in METHODS if getattr(args, method)] or ["baseline"]
-    return "_".join([args.data_type, model, *methods, f"seed{args.seed}"])
+    return "_".join([args.data_type, args.classifier_type, *methods, f"seed{args.seed}"])
 
 
 def main(argv: list[str] | None = None) -> int:
