@@ -155,6 +155,7 @@ def test_results_table():
     rows = [line.split() for line in lines]
     assert rows[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
     assert [row[:2] for row in rows[4:6]] == [["final", "20.00"], ["ensemble", "19.00"]]
+    assert [row[-6] for row in rows[7:10]] == ["30.00", "25.00", "24.00"]  # on the test split
     assert rows[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
     assert all(number in lines[13] for number in ("0.70", "24.50 %", " 65 %"))  # threshold, error, multiply-adds
     same = {"last": record(2, 18.0), "best": record(2, 18.0)}
