@@ -14,7 +14,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils import figures
 from utils.logger import Logger, results_table
-from utils.runtime import describe_error
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
 LABELS = torch.arange(6) % 3
@@ -103,7 +102,7 @@ def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path, monkeypatc
     thread.join()
     with pytest.raises(OSError) as error:
         log.epoch(record(0, 30.0))
-    assert describe_error(error.value, None).startswith(str(tmp_path / "tensorboard")) and not tracebacks
+    assert error.value.filename == str(tmp_path / "tensorboard") and not tracebacks
 
 
 def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
@@ -155,6 +154,7 @@ def test_results_table():
     rows = [line.split() for line in lines]
     assert rows[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
     assert [row[:2] for row in rows[4:6]] == [["final", "20.00"], ["ensemble", "19.00"]]
+    assert [row[-6] for row in rows[7:10]] == ["30.00", "25.00", "24.00"]  # on the test split
     assert rows[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
     assert all(number in lines[13] for number in ("0.70", "24.50 %", " 65 %"))  # threshold, error, multiply-adds
     same = {"last": record(2, 18.0), "best": record(2, 18.0)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_logger import metrics
+from test_logger import metrics, record
 
 from utils import figures
 from utils.metrics import classification_metrics
@@ -19,24 +19,23 @@ import summarize
 LABELS = torch.arange(60) % 5
 
 
-def make_run(root, name, top1, **flags):
+def make_run(root, name, top1, seed, **flags):
     """A run of four epochs with validation errors 40, 30, 20 and 10 above `top1`, its last error on the test split."""
     config = {"classifier_type": "resnet18", "data_type": "cifar100", "num_resnet_blocks": 3, "end_epoch": 4}
-    config |= {"val_split": 0.1, "device_name": "GPU"} | flags
-    lines = [{"epoch": t, "val": metrics(top1 + 40 - 10 * t), "exits": [], "ensemble": None} for t in range(4)]
-    test = lines[-1] | {"val": metrics(top1)}
-    if flags.get("BYOT"):
-        points = [(30, 60 + flags["seed"]), (60, 75), (110, 80 + flags["seed"])]
+    config |= {"val_split": 0.1, "device_name": "GPU", "seed": seed, **flags}
+    lines = [record(t, top1 + 40 - 10 * t) for t in range(4)]
+    test = record(3, top1) | {"exits": [], "ensemble": None, "early_exit": None}
+    if "BYOT" in flags:
+        points = [(30, 60 + seed), (60, 75), (110, 80 + seed)]
         curve = [{"threshold": 0.5, "multiply_adds": m, "accuracy": a} for m, a in points]
-        test |= {"exits": [metrics(top1 + 9), None], "ensemble": metrics(top1 - 1)}
-        test["early_exit"] = {"backbone_multiply_adds": 100, "multiply_adds": [30, 60, 110], "curve": curve}
-        test["early_exit"]["chosen"] = curve[-1]
-    results = {"status": "finished", "epochs": 4, "seconds_per_epoch": 5.0 + flags["seed"], "last": lines[-1]}
+        early_exit = {"backbone_multiply_adds": 100, "multiply_adds": [30, 60, 110], "curve": curve, "chosen": curve[0]}
+        test = record(3, top1) | {"exits": [metrics(top1 + 9), None], "early_exit": early_exit}
+    results = {"status": "finished", "epochs": 4, "last": lines[-1], "test": {"last": test}}
     (root / name).mkdir(parents=True)
     (root / name / "config.json").write_text(json.dumps(config))
-    (root / name / "results.json").write_text(json.dumps(results | {"test": {"last": test}}))
+    (root / name / "results.json").write_text(json.dumps(results))
     (root / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    logits = torch.randn(60, 5, generator=torch.Generator().manual_seed(flags["seed"])) + torch.eye(5)[LABELS]
+    logits = torch.randn(60, 5, generator=torch.Generator().manual_seed(seed)) + torch.eye(5)[LABELS]
     np.savez(root / name / "predictions.npz", logits=logits.numpy(), labels=LABELS.numpy())
     return classification_metrics(logits, LABELS)["top1_error"]
 
@@ -44,8 +43,8 @@ def make_run(root, name, top1, **flags):
 @pytest.fixture
 def runs(tmp_path):
     """Two seeds with exits, and one baseline, whose predictions are damaged; and the top-1 errors of the two."""
-    top1 = [make_run(tmp_path / "runs", f"byot{seed}", 20.0 + seed, BYOT=True, seed=seed) for seed in (1, 3)]
-    make_run(tmp_path / "runs", "baseline", 25.0, seed=1)
+    top1 = [make_run(tmp_path / "runs", f"byot{seed}", 20.0 + seed, seed, BYOT=True) for seed in (1, 3)]
+    make_run(tmp_path / "runs", "baseline", 25.0, 1)
     (tmp_path / "runs" / "baseline" / "predictions.npz").write_bytes(b"PK\x03\x04 cut")
     return tmp_path / "runs", top1
 

@@ -97,15 +97,18 @@ class Logger:
         self._log.close()
 
     def _write(self, epoch: int, values: dict[str, float], pictures=()) -> None:
-        """Scalars and (name, figure) pairs to TensorBoard."""
+        """Scalars and (name, figure) pairs to TensorBoard. Raises OSError naming its directory."""
         if self.silent:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, epoch)
-        if self._draws:
-            for name, figure in pictures:
-                self._board.add_figure(f"figures/{name}", figure, epoch)
-        self._board.flush()
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, epoch)
+            if self._draws:
+                for name, figure in pictures:
+                    self._board.add_figure(f"figures/{name}", figure, epoch)
+            self._board.flush()
+        except OSError as error:  # its own file name would be in bytes
+            raise OSError(error.errno, error.strerror, self._board.log_dir) from None
 
 
 def scalars(record: dict) -> dict[str, float]:
