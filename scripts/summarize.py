@@ -23,7 +23,7 @@ from utils.flags import RUNTIME_FLAGS
 from utils.metrics import METRICS
 from utils.runtime import MACHINE_FACTS
 
-# Entries of config.json that are no departure from the paper's setting: its tables vary the network and the methods.
+# Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
 NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, "starts", "data", "seed", "classifier_type", *METHODS}
 COLUMNS = {  # heading, decimals
     **{name: (f"{metric.heading} ({metric.unit})", metric.decimals) for name, metric in METRICS.items()},
@@ -68,7 +68,7 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
     changed = [key for key in flags if key not in NO_DEPARTURE and (key, flags[key]) not in paper.items()]
     departures = frozenset(f"{key} {flags[key]}" for key in changed)
 
-    record = results["test"][which] if flags["val_split"] else results[which]  # with val_split, val is held-out images
+    record = results["test"][which] if flags["val_split"] else results[which]  # else val is the test split
     blocks = flags["num_resnet_blocks"]
     metrics = [*record["exits"], record["val"]]  # None for an exit that no loss trains
     names = [f"{i}/{blocks}" for i in range(1, blocks + 1)][-len(metrics) :]  # without exits, the final one alone
@@ -114,7 +114,7 @@ def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Ru
             left_out.append(f"{name} ({reason})")
     groups = []
     for (departures, methods, _), group in by_setting.items():
-        common = frozenset.intersection(*(setting[0] for setting in by_setting))
+        common = departures.intersection(*(other for other, _, _ in by_setting))
         label = ", ".join(["+".join(methods) or "baseline", *sorted(departures - common)])
         groups.append([group[seed]._replace(label=label) for seed in sorted(group)])
     return sorted(groups, key=lambda group: (len(group[0].methods), group[0].label)), left_out

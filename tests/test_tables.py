@@ -15,6 +15,7 @@ import run_table
 import summarize
 
 SCRIPTS = Path(run_table.__file__).parent
+STUDY = SCRIPTS / "results" / "cifar100_width16.jsonl"
 ROW8 = "cifar100_resnet18_PSKD_BYOT_DML_seed4"
 MAIN = """#!{python}
 # Stands in for `python main.py`: fails for DML alone, and with --image_size waits for signals.
@@ -211,12 +212,17 @@ def cells(output, **labels):
 
 @pytest.mark.parametrize("words", [[], ["--pairs", "baseline"], ["--all_classifiers"]])
 def test_study_file_gives_the_published_page(words, summary):
-    out = summary(*words, path=SCRIPTS / "results" / "cifar100_width16.jsonl")
-    assert out.count("| resnet18 |") >= 7 and out in (SCRIPTS / "results" / "README.md").read_text()
+    out = summary(*words, path=STUDY)
+    assert out.count("| resnet18 |") >= 7 and out in STUDY.with_name("README.md").read_text()
+
+
+def test_best_epoch_is_of_the_test_split(summary):
+    (row,) = cells(summary("--best", path=STUDY), methods="baseline")
+    assert row["top-1 err (%)"] == "76.62 ± 0.90"  # of 76.09, 77.66 and 76.10
 
 
 def test_mean_deviation_difference_and_mark(tmp_path, summary):
-    for seed, top1 in ((1, 20.0), (2, 21.0), (3, 22.0)):  # mean 21, deviation 1; published 20.03: within 2
+    for seed, top1 in ((1, 20.5), (2, 21.5), (3, 22.5)):  # mean 21.5, deviation 1; published 20.03: within 2
         make_run(tmp_path, f"a{seed}", top1, seed, results={"hours": 5.5})
     for seed, top1 in ((1, 20.2), (2, 20.4)):  # mean 20.3, deviation .14; published 19.94: over 2
         make_run(tmp_path, f"b{seed}", top1, seed, BYOT=False, DML=False)
@@ -224,12 +230,12 @@ def test_mean_deviation_difference_and_mark(tmp_path, summary):
     out = summary()
     (row8,), (row4,), (row1,) = (cells(out, row=str(row)) for row in (8, 4, 1))
     assert (row8["methods"], row8["n"], row8["seeds"]) == ("PSKD+BYOT+DML", "3", "1 2 3")
-    assert row8["top-1 err (%)"] == "21.00 ± 1.00 (20.03, +0.97)"
+    assert row8["top-1 err (%)"] == "21.50 ± 1.00 (20.03, +1.47)"
     assert (row8["s/epoch"], row8["hours"]) == ("10.0 ± 0.0 (32.08)", "5.50 ± 0.00")
     assert (row4["top-1 err (%)"], row4["hours"]) == ("20.30 ± 0.14 (19.94, +0.36*)", "—")
     assert row1["top-1 err (%)"] == "30.00 (21.41, +8.59)"
     assert "- 6 runs, last epoch, made on H200, torch 2.8, commit 0123456" in out
-    assert cells(summary("--best"), row="8")[0]["top-1 err (%)"].startswith("20.00 ± 1.00 ")
+    assert cells(summary("--best"), row="8")[0]["top-1 err (%)"].startswith("20.50 ± 1.00 ")
 
 
 def test_classifiers_have_their_right_names(tmp_path, summary):
