@@ -130,9 +130,9 @@ def train(args, device: torch.device) -> None:
         facts = machine_facts(device, distributed.world_size())
         run.begin({**facts, "data": train_loader.describe()}, history)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
-        logger.say(describe(args, model, train_loader, val_loader, facts["device_name"]))
+        logger.info(describe(args, model, train_loader, val_loader, facts["device_name"]))
         for note in flags.notes(args, device):
-            logger.say(f"note: {note}")
+            logger.info(f"note: {note}")
         train_loader.set_epoch(min(len(history), args.end_epoch - 1))
         logger.start(vars(args), train_loader, history)
 
@@ -168,9 +168,11 @@ def train(args, device: torch.device) -> None:
                 write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
             results = run.write_records(history, "running", test)
             logger.finish(results, logits[-1], labels, val_loader)
-            logger.say(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median) on {facts['device_name']}")
-            logger.say(f"files: {run.path}")
-            logger.say(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
+            logger.info(
+                f"{results['seconds_per_epoch']:.2f} s of training per epoch (median) on {facts['device_name']}"
+            )
+            logger.info(f"files: {run.path}")
+            logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
             logger.close()
             run.write_records(history, "finished", test)  # last: nothing more is done for a run with that status
 

@@ -99,7 +99,7 @@ def test_without_an_intact_one_nothing_is_touched(copied, capsys):
     before = files(copied)
     assert run(copied, *FLAGS) == 1
     assert (
-        f"{PREVIOUS} is not an intact checkpoint of this program (truncated or of another format): start anew"
+        f"{PREVIOUS} is not an intact checkpoint of this program (truncated or of another format): start over"
         in one_line(capsys)
         and files(copied) == before
     )

@@ -107,7 +107,7 @@ def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path, monkeypatc
 
 def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=BrokenPipeError))
-    Logger(tmp_path, 3).say("text")
+    Logger(tmp_path, 3).info("text")
     assert (tmp_path / "experiment.log").read_text() == "text\n"
 
 

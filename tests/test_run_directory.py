@@ -46,7 +46,7 @@ def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, finished, tmp_
     interrupt(monkeypatch, epoch, number)
     assert train(tmp_path / "run") == (128 + number if number else 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, DISK)
-    kept = f"interrupted: {epoch} epoch(s) are saved" if epoch else "no epoch was saved; the same command starts anew"
+    kept = f"interrupted: {epoch} epoch(s) are saved" if epoch else "no epoch was saved; the same command starts over"
     assert (kept if number else "checkpoint_best.pth cannot be written (File too large)") in capsys.readouterr().err
     assert read(tmp_path / "run")["status"] == ("interrupted" if number else "failed")
     assert len(read_records(tmp_path / "run")) == epoch and train(tmp_path / "run") == 0

@@ -169,4 +169,4 @@ def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
             return load_checkpoint(file), file, "".join(f"{problem}: continuing from {file}" for problem in problems)
         except UserError as e:
             problems.append(str(e))
-    raise UserError(f"{'; '.join(problems)}: start anew with --overwrite or another --run_name")
+    raise UserError(f"{'; '.join(problems)}: start over with --overwrite or another --run_name")

@@ -97,7 +97,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--resume", metavar="PATH", help="continue from this checkpoint or run directory; its flags must be given again"
     )
     flag("--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, and stop")
-    flag("--overwrite", help="start anew, replacing what the run directory holds")
+    flag("--overwrite", help="start over, replacing what the run directory holds")
     flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
     flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")
     number("--saveckp_freq", int, 0, 0, 10**9, "also keep a checkpoint every N epochs", "only last, previous and best")

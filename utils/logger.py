@@ -35,7 +35,7 @@ class Logger:
         threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else print_traceback(args)
         self._board = SummaryWriter(str(directory / "tensorboard"))
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print text and append it to experiment.log."""
         if self.silent:
             return
@@ -60,7 +60,7 @@ class Logger:
         if self.silent:
             return
         if not self._draws:
-            self.say("note: no pictures in TensorBoard without matplotlib (pip install -r scripts/requirements.txt)")
+            self.info("note: no pictures in TensorBoard without matplotlib (pip install -r scripts/requirements.txt)")
         flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
         flags = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
         for summary in hparams(flags, dict.fromkeys(COLUMNS))[:2]:  # add_hparams would write all scalars again
@@ -76,7 +76,7 @@ class Logger:
         seconds = record["seconds"] + record["seconds_validation"] + record["seconds_saving"]
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
         metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in METRICS.items()]
-        self.say(
+        self.info(
             f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  loss {record['train']['loss']:.4f}"
             f"  top-1 err {record['train']['top1_error']:.2f}  | val {'  '.join(metrics)}"
             f"  | {record['images_per_second']:.0f} img/s, {left} left"
@@ -90,7 +90,7 @@ class Logger:
         test = results["test"]["last"]["val"] if "test" in results else {}
         values = {f"test/{name}": value for name, value in test.items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
-        self.say(results_table(results))
+        self.info(results_table(results))
 
     def close(self) -> None:
         self._board.close()

@@ -53,7 +53,7 @@ class RunDirectory:
             with contextlib.suppress(OSError, UserError):  # the error itself matters more than this file
                 self.write_records(self._history[: self._num_saved], status)
         if isinstance(error, Interrupted) and self.is_main:
-            what = "no epoch was saved; the same command starts anew"
+            what = "no epoch was saved; the same command starts over"
             if self._num_saved:
                 again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
                 what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; {again} continues from there"
@@ -63,7 +63,7 @@ class RunDirectory:
             self._lock.close()
 
     def open(self) -> dict | None:
-        """Decide where the run starts: the checkpoint to continue from, None to start anew. Sets `is_finished` where
+        """Decide where the run starts: the checkpoint to continue from, None to start over. Sets `is_finished` where
         nothing is left to do. A new directory is made by `begin`, so that a run that cannot start leaves none behind.
 
         Raises:
@@ -85,7 +85,7 @@ class RunDirectory:
             if results.get("epochs"):
                 raise UserError(
                     f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
-                    " --overwrite to start anew"
+                    " --overwrite to start over"
                 )
             return None, False
         checkpoint, self.source, note = find_checkpoint(self._find_source(exists))
@@ -98,7 +98,7 @@ class RunDirectory:
         if is_finished and flags["save_predictions"]:
             is_finished = (self.path / "predictions.npz").exists()
         if is_finished:
-            print(f"{self.path} is finished ({wanted} epochs); --overwrite starts anew")
+            print(f"{self.path} is finished ({wanted} epochs); --overwrite starts over")
         elif done < wanted:
             print(f"continuing from {self.source}: {done} of {wanted} epochs are done")
         return checkpoint, is_finished
@@ -145,7 +145,7 @@ class RunDirectory:
         if differ := differences(before, now):
             raise UserError(
                 f"{self.source} was trained with other flags: {', '.join(differ)}; give the same ones, another"
-                " --run_name, or --overwrite to start anew (--allow_end_epoch_change lets --end_epoch differ, though"
+                " --run_name, or --overwrite to start over (--allow_end_epoch_change lets --end_epoch differ, though"
                 " PS-KD's alpha_t depends on it)"
             )
         done = checkpoint["epoch"] + 1
@@ -174,7 +174,7 @@ class RunDirectory:
                 file.unlink(missing_ok=True)
         if len(history) < self.flags["end_epoch"]:
             (self.path / "predictions.npz").unlink(missing_ok=True)  # of an earlier end
-        # Event files are written anew from the history, so that no step is in them twice.
+        # Event files are rewritten from the history, so that no step is in them twice.
         for file in [*self.path.glob("*.tmp"), *self.path.glob("tensorboard/events.out.tfevents.*")]:
             file.unlink()
         machine = {key: value for key, value in facts.items() if key != "data"}
