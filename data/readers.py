@@ -211,7 +211,7 @@ def _load(folder: Path, class_names: list[str], train: Samples, test: Samples, w
 
 
 def _decode(files: list[str], workers: int) -> np.ndarray:
-    """(len(files), H, W, 3) uint8, RGB; `workers` threads, as processes would import from the working directory."""
+    """(len(files), H, W, 3) uint8, RGB, decoded in `workers` threads: they share memory and import nothing."""
     height, width, _ = read_pixels(files[0]).shape
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
     # Closing the results cancels what has not begun, after an error or a signal.
