@@ -130,7 +130,11 @@ def train(args, device: torch.device) -> None:
         facts = machine_facts(device, distributed.world_size())
         run.begin({**facts, "data": train_loader.describe()}, history)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
-        logger.info(describe(args, model, train_loader, val_loader, facts["device_name"]))
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        logger.info(
+            f"{args.run_name}: {args.classifier_type} ({millions:.2f} M parameters), {train_loader.num_samples}"
+            f" training and {val_loader.num_samples} validation images, {args.precision} on {facts['device_name']}"
+        )
         for note in flags.notes(args, device):
             logger.info(f"note: {note}")
         train_loader.set_epoch(min(len(history), args.end_epoch - 1))
@@ -271,18 +275,6 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)
     return {"checkpoint": str(path), "epoch": checkpoint["epoch"], **measure(logits, labels, checkpoint["epoch"], own)}
-
-
-def describe(args, model, train_loader, val_loader, device_name: str) -> str:
-    """One line: which network is trained on what."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    methods = " + ".join(m for m in METHODS if getattr(args, m)) or "baseline"
-    return (
-        f"{args.run_name}: {args.classifier_type} ({millions:.2f} M parameters), {methods}, {args.data_type}"
-        f" ({train_loader.num_samples} training, {val_loader.num_samples} validation images of"
-        f" {args.image_size} px, {train_loader.num_classes} classes), {args.end_epoch} epochs,"
-        f" {args.precision} on {device_name}"
-    )
 
 
 if __name__ == "__main__":

@@ -19,18 +19,16 @@ from utils.runtime import UserError, first_line
 
 
 def check_environment() -> None:
-    """Raises ValueError naming the variable of torchrun's that is missing, no number or out of range."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):
-        value = os.environ.get(name) or "0"
-        if not value.isdecimal():
-            raise ValueError(f"environment variable {name}={value!r} is not a number; start with torchrun, or unset it")
-    if num_launched() == 1:
-        return
-    if int(os.environ["RANK"]) >= num_launched():
-        raise ValueError(f"environment variable RANK={os.environ['RANK']} is not below WORLD_SIZE={num_launched()}")
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise ValueError(f"environment variable {name} is missing; start with torchrun, or unset RANK")
+    """Raises ValueError naming a variable of torchrun's that is missing, no number or out of range."""
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    wrong = [name for name in numbers if not (os.environ.get(name) or "0").isdecimal()]
+    if not wrong and num_launched() > 1:
+        wrong = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if int(os.environ["RANK"]) >= num_launched():
+            wrong.append("RANK")
+    if wrong:
+        value = os.environ.get(wrong[0], "")
+        raise ValueError(f"environment variable {wrong[0]}={value!r} is not valid; start with torchrun, or unset RANK")
 
 
 def num_launched() -> int:

@@ -118,6 +118,7 @@ class RunDirectory:
 
     def _acquire_lock(self) -> None:
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  (held until the process ends)
         except OSError as e:
             raise UserError(f"{self.path} cannot be used as a run directory: {e.strerror}") from None
@@ -165,7 +166,9 @@ class RunDirectory:
         if not self.is_main:
             return
         if self._lock is None:
-            self._create()
+            self._acquire_lock()
+            if (self.path / LAST).exists():
+                raise UserError(f"{self.path} has become another run's by now; choose another --run_name")
         self.check_lock()
         starts = read_json(self.path / "config.json").get("starts", [])
         if self.source is None:  # a new run
@@ -186,15 +189,6 @@ class RunDirectory:
             self._adopt(history)
         self._history, self._num_saved = history, len(history)
         self.write_records(history, "running")
-
-    def _create(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{self.path} cannot be used as a run directory: {e.strerror}") from None
-        self._acquire_lock()
-        if (self.path / LAST).exists():
-            raise UserError(f"{self.path} is another run's since this one was started; choose another --run_name")
 
     def _adopt(self, history: list[dict]) -> None:
         """Copy another directory's checkpoint, and the best one of its history if it is there."""
