@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from data.loader import Loader
 from main import parse_args
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -29,7 +30,10 @@ def test_process_that_fails_loses_no_other_line_and_table_keeps_runs_apart(tmp_p
     command = [*SMALL.split(), "--rounds=1", "--steps=2", f"--out={out}", "--configs"]
     benchmark.command_line([*command, "eager"])
     benchmark.command_line([*command, "fp32", "--time_limit=1"])
-    assert "no line for fp32: time limit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark.command_line([*command, "graph"])
+    error = capsys.readouterr().err
+    assert "no line for fp32: time limit" in error and "--cuda_graph: needs one GPU" in error
     by_hand = {"run": "other", "flop_per_image": 2e9, "matrix_flop_per_second": 4e12, "seconds_compiling": 2}
     line = json.loads(out.read_text()) | by_hand
     for line["config"], rate in ("eager", 300), ("reference", 100), ("eager", 320), ("reference", 120):
@@ -38,14 +42,14 @@ def test_process_that_fails_loses_no_other_line_and_table_keeps_runs_apart(tmp_p
     assert "| eager | 48.5 | 0.9 | 2.27 | 41.2% |" in benchmark.table([ROOT / "scripts/results/benchmark_cpu.jsonl"])
 
 
-def test_configurations_take_turns_on_a_cpu_each_with_its_own_step_layout_and_targets(tmp_path, monkeypatch):
+def test_configurations_take_turns_on_a_cpu_each_with_its_own_step_batches_and_layout(tmp_path, monkeypatch):
     seen, labels_of, train = [], set(), benchmark.train_one_epoch
 
     def spy(step, batches):
         is_nchw = set()
         step.model.layer1.register_forward_pre_hook(lambda _, inputs: is_nchw.add(inputs[0].is_contiguous()))
         trained = train(step, batches)
-        seen.append((type(step), type(step.objective.targets), set(is_nchw)))
+        seen.append((type(step), type(batches), type(step.objective.targets), set(is_nchw)))
         assert step.objective.targets.memory.sum(dim=1).allclose(torch.ones(16))
         for _, labels, index in batches:
             labels_of.update(zip(index.tolist(), labels.tolist(), strict=True))
@@ -58,8 +62,8 @@ def test_configurations_take_turns_on_a_cpu_each_with_its_own_step_layout_and_ta
     benchmark.command_line([*SMALL.split(), "--rounds=2", "--steps=2", f"--out={out}", "--configs", *configs])
     lines = [json.loads(text) for text in out.read_text().splitlines()]
     assert [(line["config"], len(line["rounds"])) for line in lines] == [(name, 1) for name in 2 * configs]
-    ours = (benchmark.TrainStep, benchmark.ProgressiveTargets)
-    reference = (benchmark.ReferenceStep, benchmark.HostTargets, {True})
+    ours = (benchmark.TrainStep, Loader, benchmark.ProgressiveTargets)
+    reference = (benchmark.ReferenceStep, benchmark.DataLoader, benchmark.HostTargets, {True})
     assert seen[::2] == 2 * [reference, (*ours, {False}), (*ours, {True})]
     assert len(labels_of) == 16  # the same label for an image in all of them
 

@@ -24,7 +24,7 @@ def test_predictions_equal_those_of_the_loaders_network(methods, tmp_path, capsy
     model, info = load_run(tmp_path / "run")
     logits, labels = predict_split(model, build_loaders(info["args"], "cpu", split="test"), "fp32")
     costs, backbone = model.multiply_adds(24)
-    (photos / "test" / "b" / "bad.jpg").write_bytes(b"\xff\xd8 not a photograph")
+    (photos / "test" / "a" / "0-bad.jpg").write_bytes(b"\xff\xd8 not a photograph")
     for threshold, i, cost in (("1.01", -1, backbone), ("1", -1, costs[-1]), ("0", 0, costs[0])):
         capsys.readouterr()
         argv = [str(tmp_path / "run"), str(photos / "test"), "--threshold", threshold, "--csv", str(table)]
