@@ -176,11 +176,13 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
 def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:
     """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
-    Called once per epoch, so that no step waits for it.
+    Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.
     """
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
         return ", ".join(name for name in bad if name != "loss") or "loss"
-    tensors = model.state_dict()
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    return next((name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite), None)
+    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
+    if largest.isfinite().all():
+        return None
+    return next(name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value))
