@@ -17,20 +17,18 @@ def classifiers(seed: int, num_images: int = 200):
     return 2 * torch.randn(3, num_images, 5, generator=generator) + signal, labels
 
 
-def two_class_logits(*first: float) -> torch.Tensor:
-    return torch.tensor([[z, 0.0] for z in first])
-
-
-def test_temperature_by_hand():
-    # Three of four images are right, each with logits (2, 0): the NLL is least where sigmoid(2 / T) = 3/4.
-    labels = torch.tensor([0, 0, 0, 1])
-    assert fit_temperature(two_class_logits(2, 2, 2, 2), labels) == pytest.approx(2 / log(3), rel=1e-9)
-    assert fit_temperature(two_class_logits(10, 10, 10, 10), labels) == pytest.approx(10 / log(3), rel=1e-9)
-
-
-def test_temperature_stays_within_limits():
-    assert fit_temperature(two_class_logits(1, 2), torch.tensor([0, 0])) == pytest.approx(0.01, rel=1e-6)
-    assert fit_temperature(two_class_logits(1, 2), torch.tensor([1, 1])) == pytest.approx(100, rel=1e-6)
+@pytest.mark.parametrize(
+    "first_logits, labels, expected",
+    [
+        ([2, 2, 2, 2], [0, 0, 0, 1], 2 / log(3)),  # the NLL is least where sigmoid(2 / T) is 3/4, as are right
+        ([10, 10, 10, 10], [0, 0, 0, 1], 10 / log(3)),
+        ([1, 2], [0, 0], 0.01),  # all right: the lower limit
+        ([1, 2], [1, 1], 100),
+    ],
+)
+def test_temperature_by_hand(first_logits, labels, expected):
+    logits = torch.tensor([[z, 0.0] for z in first_logits])
+    assert fit_temperature(logits, torch.tensor(labels)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_calibrate_fits_on_heldout_images_and_reports_the_test_split():

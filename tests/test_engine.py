@@ -9,7 +9,7 @@ import torch
 from loss import build_objective
 from main import parse_args
 from models import build_model
-from utils import engine
+from utils import distributed, engine
 from utils.metrics import classification_metrics
 
 
@@ -38,15 +38,20 @@ def test_schedule_drops_at_each_epoch_given():
     assert [schedule(epoch) for epoch in range(6)] == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.004, 0.0008])
 
 
-def test_meter_weights_by_images_in_float64():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_meter_weights_by_images_in_float64(processes, monkeypatch):
+    """Of two processes the other one has the same images."""
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(distributed, "all_reduce_sum_", lambda sums: sums.mul_(processes))
     meter = engine.Meter(torch.device("cpu"))
     for value, n, num_wrong in ((2.0**24, 3, 2), (1.0, 3, 0), (5.0, 1, 1)):  # 2^24 + 1 is not a float32
         logits = torch.eye(2)[[1] * num_wrong + [0] * (n - num_wrong)]
         parts = {"ce": torch.tensor(value), "dml": torch.tensor(-value / 2)}
-        meter.update(parts, logits, torch.zeros(n, dtype=torch.int64), n)
+        meter.update(parts, logits, torch.zeros(n, dtype=torch.int64), n * processes)
     ce = (3 * 2**24 + 3 * 1 + 1 * 5) / 7
     expected = {"loss": ce / 2, "ce": ce, "dml": -ce / 2, "top1_error": 100 * 3 / 7}
-    assert meter.means(7) == meter.own_means(7) == pytest.approx(expected, rel=1e-14)
+    images = 7 * processes
+    assert meter.means(images) == meter.own_means(images) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

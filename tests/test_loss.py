@@ -101,14 +101,6 @@ def test_byot_with_alpha_0_and_beta_0_is_deep_supervision():
     assert loss.item() == near((by_hand[0] + sum(by_hand)).item())
 
 
-def test_hint_is_a_sum_over_the_batch_and_other_parts_are_means():
-    objective, twice = objective_of("--BYOT --DML"), torch.cat([INDEX, INDEX])
-    _, parts = objective(random_outputs(), LABELS, INDEX)
-    _, parts_of_twice = objective(rows(random_outputs(), twice), LABELS[twice], twice)
-    for name, part in parts.items():
-        assert parts_of_twice[name].item() == near((2 if name == "byot_hint" else 1) * part.item()), name
-
-
 @pytest.mark.parametrize("words", ["", "--DML_on_output", "--DML_as_published"])
 def test_dml_by_hand(words):
     """One image, two exits with softmaxes (3/4, 1/4) and (1/5, 4/5), a final one with (1/2, 1/2)."""
