@@ -5,6 +5,7 @@ kills hit the run itself; half of them wait until a checkpoint is being written.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -68,7 +69,7 @@ def attempt(directory: Path, choose: random.Random | None = None, usual: float =
     if choose:
         process.join(choose.uniform(0, usual))
         deadline = time.monotonic() + usual * choose.randrange(2)
-        while process.is_alive() and time.monotonic() < deadline and not list(directory.glob("checkpoint_new*")):
+        while process.is_alive() and time.monotonic() < deadline and not list(directory.glob("checkpoint_*.tmp")):
             time.sleep(0.0005)
         process.join(choose.uniform(0, 0.05))
         with contextlib.suppress(ProcessLookupError):
@@ -89,8 +90,9 @@ def crash(num_kills: int, seed: int, parent: Path) -> None:
     attempt(parent / "timed")
     usual = time.monotonic() - start
     reference = content(parent / "reference")
+    directories = (parent / f"run {number}" for number in itertools.count())
     while kills < num_kills:
-        directory, num_saved = parent / f"after {kills} kills", 0
+        directory, num_saved = next(directories), 0
         while attempt(directory, choose if kills < num_kills else None, usual):
             kills += 1
             records = read_records(directory) if (directory / "metrics.jsonl").exists() else []
