@@ -113,7 +113,7 @@ def test_any_flags_are_refused_by_name_or_end_in_finite_metrics(switches, values
                 assert all(map(math.isfinite, numbers.values())) and numbers["top1_error"] <= 100
 
 
-def test_ctrl_c_while_pytorch_is_imported_and_a_pager_that_was_left(tmp_path):
+def test_ctrl_c_while_pytorch_is_imported_and_a_run_from_a_strange_directory_whose_pager_was_left(tmp_path):
     flags = "--data_type synthetic --width 4 --limit_train 8 --limit_val 8 --end_epoch 1 --device cpu --precision fp32"
     command = [sys.executable, str(ROOT / "main.py"), *flags.split(), "--experiments_dir", str(tmp_path / "ä ö")]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
@@ -121,9 +121,11 @@ def test_ctrl_c_while_pytorch_is_imported_and_a_pager_that_was_left(tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b"" and process.wait() == -signal.SIGINT
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise SystemExit('imported from the working directory')")
     bare = {"LANG": "C", "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd="/proc", env=bare, **pipes) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=bare, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
     assert json.loads(next((tmp_path / "ä ö").rglob("results.json")).read_text())["status"] == "finished"

@@ -4,8 +4,6 @@ import hashlib
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from PIL import Image
 from test_data import build, random_images
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import data
 from data import readers
 from utils.runtime import UserError
 
@@ -202,14 +199,3 @@ def test_damaged_cache_is_not_used(root, capsys):
     assert (readers.read_folder(root, 1, False).train.images == expected).all()
     assert f"{cache} cannot be written" in capsys.readouterr().err
     assert sorted(os.listdir(root)) == [readers.CACHE, "test", "train"]
-
-
-def test_nothing_is_imported_from_the_working_directory(root, tmp_path):
-    (root / "train" / "a" / "x").write_text("not an image")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "__init__.py").write_text("raise SystemExit('imported from the working directory')")
-    main = Path(data.__file__).resolve().parents[1] / "main.py"
-    command = [sys.executable, main, "--data_type=folder", "--data_path=set", "--device=cpu"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
-    assert run.stderr.startswith("error: set/train/a/x is not an intact JPEG or PNG image")

@@ -150,9 +150,7 @@ def test_each_concurrent_run_has_one_of_several_gpus(gpus, devices, runs, capfd)
     assert sorted(re.findall(r"device --device=(\S+)", capfd.readouterr().out)) == devices
 
 
-@pytest.mark.parametrize(
-    ("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGHUP, 1), (signal.SIGKILL, 1)]
-)
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGHUP, 2), (signal.SIGKILL, 1)])
 def test_a_signal_ends_the_runs_and_no_other_starts(number, jobs, runs):
     command = [sys.executable, SCRIPTS / "run_table.py", "1", "1-4", "--", "--image_size", "64"]
     environment = {**os.environ, "JOBS": str(jobs)}
