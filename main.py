@@ -172,10 +172,7 @@ def train(args, device: torch.device) -> None:
                 write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
             results = run.write_records(history, "running", test)
             logger.finish(results, logits[-1], labels, val_loader)
-            logger.info(
-                f"{results['seconds_per_epoch']:.2f} s of training per epoch (median) on {facts['device_name']}"
-            )
-            logger.info(f"files: {run.path}")
+            logger.info(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median); files: {run.path}")
             logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
             logger.close()
             run.write_records(history, "finished", test)  # last: nothing more is done for a run with that status
