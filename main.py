@@ -77,7 +77,7 @@ def default_run_name(args) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 1 an error that its one line names, 2 wrong flags, 128 + n
+    """Run the command; returns its exit status: 0 done, 1 a user error, printed on one line, 2 wrong flags, 128 + n
     after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
@@ -102,14 +102,14 @@ def main(argv: list[str] | None = None) -> int:
         if message is None:
             raise
     if not distributed.is_main():
-        distributed.let_rank_0_report()
+        distributed.wait_for_rank_0()
         message = f"process {os.environ['RANK']}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     return status
 
 
 def train(args, device: torch.device) -> None:
-    """Train from where the run directory stands to --end_epoch, and report."""
+    """Train from the run directory's last checkpoint to --end_epoch, and report."""
     with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
         checkpoint = run.open()
         if run.is_finished:
@@ -200,7 +200,7 @@ def evaluate_test_split(args, device, run: RunDirectory, model, val_loader) -> d
     loader = build_loaders(args, device, split="test")
     trained, test = trained_exits(args), {}
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
-        # The best epoch may lie before a checkpoint of another directory that the run continued from, and be gone.
+        # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
         if checkpoint is None:
             continue
@@ -243,7 +243,9 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "val.json", found[str(path)] if is_one else found)
         print(f"written to {directory / 'val.json'}")
-    if failed or not runs:
+    if not runs:
+        raise UserError(f"{path} holds no checkpoint")
+    if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs in {path} could not be evaluated: {'; '.join(failed)}")
 
 

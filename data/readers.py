@@ -203,8 +203,8 @@ def _load(folder: Path, class_names: list[str], train: Samples, test: Samples, w
             np.savez(content, key=key, images=images)
             try:
                 write_atomic(cache, content.getbuffer())
-            except UserError as e:
-                print(f"note: every start decodes the images again: {e}", file=sys.stderr)
+            except UserError:
+                print(f"note: {cache} cannot be written: every start decodes the images again", file=sys.stderr)
     labels = np.array([label for _, label in samples])
     num = len(train)
     return Images(Split(images[:num], labels[:num]), Split(images[num:], labels[num:]), class_names)

@@ -22,7 +22,8 @@ class BottleneckExit(nn.Module):
     """Exit of BYOT (Zhang et al., ICCV 2019): squeeze to D / 4 channels, one convolution that takes the map to
     the last stage's size, expand to D. Its kernel is 8, 4, 2 for exits 1, 2, 3, however many stages there are.
 
-    Stage i's map (N, C_i, H, H) -> logits (N, K), feature (N, D).
+    Stage i's map (N, C_i, H, H) -> map (N, D, h, w). The network averages it to the feature (N, D), and `fc` turns that
+    into logits (N, K).
     """
 
     def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):
@@ -63,7 +64,7 @@ class AttentionExit(nn.Module):
     """Exit of SCAN (Zhang et al., NeurIPS 2019): the map, weighted by an attention computed from itself, then
     shrunk and widened to the last stage's size by B - i separable convolutions.
 
-    Stage i's map (N, C_i, H, H), H even -> logits (N, K), feature (N, D).
+    Stage i's map (N, C_i, H, H), H even -> map (N, D, h, w), used as a bottleneck exit's.
     """
 
     def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):

@@ -72,7 +72,7 @@ def test_a_bad_file_is_refused_in_one_line_and_the_previous_one_taken(name, copi
     assert str(copied / LAST) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
     checkpoint, path, note = find_checkpoint(copied)
     assert path == copied / PREVIOUS and checkpoint["epoch"] == 0
-    assert note == f"{error.value}: continuing from {copied / PREVIOUS}" and not Path("made by a checkpoint").exists()
+    assert note == f"{error.value}: using {copied / PREVIOUS}" and not Path("made by a checkpoint").exists()
 
 
 def other_settings(path: Path) -> None:
@@ -128,5 +128,5 @@ def test_an_entry_that_does_not_fit_the_flags_is_named(name, make, copied, capsy
     (copied / LAST).write_bytes(changed(content, **{name: make(torch.load(io.BytesIO(content), weights_only=True))}))
     before = files(copied)
     assert run(copied, *FLAGS) == 1
-    assert f"{copied / LAST} does not fit: its {name} is of another run" in one_line(capsys)
+    assert f"{copied / LAST}: its {name} state does not match these flags" in one_line(capsys)
     assert files(copied) == before

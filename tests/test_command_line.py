@@ -28,7 +28,7 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("'--new\nline'", r"--new\nline"),
     *((f"--{name}=--", f"--{name} '--'") for name in ("lr", "data_type", "data_path", "width", "run_name", "resume")),
     ("--alpha_T 1.5", "--alpha_T '1.5' number 0 1"),
-    ("--BYOT_from_k_block 4", "--BYOT_from_k_block '4' whole 1 3"),
+    ("--BYOT_from_k_block 4", "--BYOT_from_k_block '4' integer 1 3"),
     ("--classes 101", "--classes 101 100 cifar100"),
     ("--val_split 1", "--val_split '1' 0.001 0.9"),
     ("--lr_decay_schedule 225 150", "--lr_decay_schedule 225, 150 ascend"),

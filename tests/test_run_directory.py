@@ -83,7 +83,7 @@ def test_resumed_elsewhere_from_an_older_version_and_interrupted_there(finished,
     assert all(bits(ours[name]) == bits(theirs[name]) for name in ("model", "optimizer", "objective"))
     assert train(new, "--resume", str(finished)) == 1 and train(new, "--resume", str(new / BEST)) == 1
     error = capsys.readouterr().err
-    assert f"holds another run than one from {finished}" in error and f"continues from its {LAST}" in error
+    assert f"holds a run that was not started from {finished}" in error and f"continues from its {LAST}" in error
 
 
 def test_a_finished_run_says_so_and_a_lost_file_is_written_again(finished, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_a_run_that_lost_its_directory_writes_nothing_into_it(how, number, tmp_p
         return predict(*args)
 
     monkeypatch.setattr(main, "predict", predict_later)
-    message = "was renamed or its .lock removed" if number == 2 else "does not fit"  # the other run's checkpoint
+    message = "was renamed or its .lock removed" if number == 2 else "does not match"  # the other run's checkpoint
     assert train(directory) == 1 and message in one_line(capsys)
     assert [files(directory)] == written
     assert read(directory, "config.json")["overwrite"] is True and not (directory / "predictions.npz").exists()

@@ -20,7 +20,7 @@ ENTRIES = {"model": dict, "optimizer": dict, "objective": dict, "epoch": int, "h
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses; `*.tmp` finds what a killed process left."""
+    """A unique path next to `path`; `*.tmp` finds what a killed process left."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
@@ -38,7 +38,7 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
             os.fsync(f.fileno())
         _rename(temporary, path)
     except OSError as e:
-        remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix it"
         raise UserError(
             f"{path} cannot be written ({e.strerror}); its earlier content is intact: {remedy}, then rerun"
         ) from None
@@ -59,7 +59,7 @@ def link_atomic(source: Path, path: Path) -> None:
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """os.replace, which a power cut does not undo."""
+    """os.replace, then fsync of the directory, so that a power cut does not undo it."""
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
@@ -151,7 +151,7 @@ def load_states(checkpoint: dict, source, **owners) -> None:
                 raise ValueError("numbers that are not finite")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
-            raise UserError(f"{source} does not fit: its {name} is of another run ({reason})") from None
+            raise UserError(f"{source}: its {name} state does not match these flags ({reason})") from None
 
 
 def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
@@ -166,7 +166,7 @@ def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
     problems = []
     for file in (path / LAST, path / PREVIOUS):
         try:
-            return load_checkpoint(file), file, "".join(f"{problem}: continuing from {file}" for problem in problems)
+            return load_checkpoint(file), file, "".join(f"{problem}: using {file}" for problem in problems)
         except UserError as e:
             problems.append(str(e))
     raise UserError(f"{'; '.join(problems)}: start over with --overwrite or another --run_name")

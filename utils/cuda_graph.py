@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph, so that the processor launches one thing per step instead of a thousand."""
+"""A training step as one CUDA graph: one launch per step instead of about a thousand."""
 
 import sys
 

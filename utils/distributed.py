@@ -72,7 +72,7 @@ def process_group(name: str):
     Joining blocks outside Python: signals should end the process by themselves until it is done.
 
     Raises:
-        UserError: another process is gone.
+        UserError: another process exited.
     """
     device = local_device(name)
     if num_launched() == 1:
@@ -93,21 +93,21 @@ def process_group(name: str):
         dist.init_process_group(backend, store=store, rank=number, world_size=num_all)
         dist.barrier()
     except (RuntimeError, ValueError, OSError) as e:
-        raise UserError(f"the processes could not join each other ({first_line(e)})") from None
+        raise UserError(f"the process group could not be initialised ({first_line(e)})") from None
     finally:
         notice.cancel()
     try:
         yield device
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "/gloo/transport/" in str(e):
-            raise UserError(f"another process is gone, see its own message or torchrun's ({first_line(e)})") from None
+            raise UserError(f"another process exited, see its own message or torchrun's ({first_line(e)})") from None
         raise
     # Not after an error: it waits for collectives under way, to which the others may never come. A process that
     # fails just ends, and torchrun ends the others.
     dist.destroy_process_group()
 
 
-def let_rank_0_report() -> None:
+def wait_for_rank_0() -> None:
     """For another rank with an error that rank 0 most likely reports too: torchrun ends all processes once one has
     ended, so this one waits for that. If it is still there afterwards, it is the only one with an error."""
     time.sleep(10)
@@ -137,8 +137,7 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_main(make: Callable):
-    """What `make()`, called in rank 0 alone, returns (anything that pickles), on every process; or the UserError that
-    it raises."""
+    """Call `make()` in rank 0 and broadcast what it returns (anything that pickles) or the UserError that it raises."""
     value = error = None
     if is_main():
         try:
@@ -184,7 +183,8 @@ def wrap(model: nn.Module, device: torch.device, sync_bn: bool, all_used: bool) 
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=not all_used)
+    # BatchNorm statistics are broadcast once per epoch, by broadcast_buffers.
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=not all_used, broadcast_buffers=False)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
-            distributed.let_rank_0_report()
+            distributed.wait_for_rank_0()
             self.exit(2)
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().error(message)
@@ -50,8 +50,8 @@ def number_type(kind: type, low, high):
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            word, spec = ("whole number", "") if kind is int else ("number", "g")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {word} from {low:{spec}} to {high:{spec}}")
+            word, spec = ("integer", "") if kind is int else ("number", "g")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {word}, from {low:{spec}} to {high:{spec}}")
         return value
 
     return convert
@@ -134,8 +134,6 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = distributed.local_device(args.device)
-        if device.type == "cuda" and 0 < torch.cuda.device_count() < distributed.num_local():
-            fail(f"argument --device: {distributed.num_local()} processes for {torch.cuda.device_count()} GPUs")
         if device.type not in ("cpu", "cuda"):
             raise ValueError
         torch.zeros(1, dtype=torch.float64, device=device)
@@ -147,6 +145,8 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
         )
     on_gpu = device.type == "cuda"
     if on_gpu:
+        if torch.cuda.device_count() < distributed.num_local():
+            fail(f"argument --device: {distributed.num_local()} processes for {torch.cuda.device_count()} GPUs")
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -213,7 +213,7 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def notes(args, device: torch.device) -> list[str]:
-    """What is allowed but perhaps not meant."""
+    """Warnings of flags that are allowed but probably not intended."""
     found = []
     if not any(epoch < args.end_epoch for epoch in args.lr_decay_schedule):
         schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"

@@ -77,7 +77,9 @@ class RunDirectory:
         flags = self.flags
         if self.path.exists():
             self._acquire_lock()
-        if flags["overwrite"] and not distributed.is_restart():  # what the processes before a restart saved must stay
+        # What the processes before a restart saved must stay, if they had begun: config.json says so.
+        has_begun = distributed.is_restart() and read_json(self.path / "config.json").get("overwrite")
+        if flags["overwrite"] and not has_begun:
             return None, False
         exists = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
         results = read_json(self.path / "results.json")
@@ -113,7 +115,7 @@ class RunDirectory:
                 raise UserError(f"{self.path} continues from its {LAST}: give another --run_name to start from {given}")
             return self.path
         if exists and read_json(self.path / "config.json").get("resume") != self.flags["resume"]:
-            raise UserError(f"{self.path} holds another run than one from {given}: give another --run_name")
+            raise UserError(f"{self.path} holds a run that was not started from {given}: give another --run_name")
         return self.path if exists else given
 
     def _acquire_lock(self) -> None:
@@ -168,7 +170,7 @@ class RunDirectory:
         if self._lock is None:
             self._acquire_lock()
             if (self.path / LAST).exists():
-                raise UserError(f"{self.path} has become another run's by now; choose another --run_name")
+                raise UserError(f"{self.path} was taken by another run meanwhile; choose another --run_name")
         self.check_lock()
         starts = read_json(self.path / "config.json").get("starts", [])
         if self.source is None:  # a new run
@@ -186,11 +188,11 @@ class RunDirectory:
         if self.source == self.path / PREVIOUS:
             link_atomic(self.source, self.path / LAST)  # which the next save makes the previous one: it must be intact
         elif self.source not in (None, self.path / LAST):
-            self._adopt(history)
+            self._import_checkpoint(history)
         self._history, self._num_saved = history, len(history)
         self.write_records(history, "running")
 
-    def _adopt(self, history: list[dict]) -> None:
+    def _import_checkpoint(self, history: list[dict]) -> None:
         """Copy another directory's checkpoint, and the best one of its history if it is there."""
         best = history[: best_record(history)["epoch"] + 1]
         for file in (self.source, self.source.with_name(BEST)):
@@ -199,7 +201,7 @@ class RunDirectory:
         write_atomic(self.path / LAST, self.source.read_bytes())
 
     def save(self, make_states: Callable[[], dict], history: list[dict]) -> None:
-        """Save an epoch if it is the best or the last, or if the last save lies long enough back.
+        """Save an epoch if it is the best or the last, or if the last save was long enough ago.
 
         LAST becomes PREVIOUS; BEST and the checkpoints of --saveckp_freq are links to the same file as LAST.
 
