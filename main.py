@@ -270,6 +270,8 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
     set_up_torch(own.seed, device, own.precision)
     loader = build_loaders(own, device, split="val")
+    if distributed.is_main():
+        print(f"{path}: {loader.num_samples} {'test' if own.val_split is None else 'held-out training'} images")
     model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
     load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)

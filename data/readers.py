@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -188,6 +189,8 @@ def _load(folder: Path, class_names: list[str], train: Samples, test: Samples, w
     facts = []
     for file, _ in samples:
         info = os.stat(file)
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe might never end
+            raise UserError(f"{file} is not a regular file")
         facts.append((os.path.relpath(file, folder), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     cache = folder / CACHE

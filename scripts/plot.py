@@ -41,7 +41,10 @@ def risk_coverage(axis, runs: list[Run], **line) -> None:
 
 def read_predictions(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Confidence of each validation image's prediction, and 1 where it is wrong: (M,) each."""
-    with np.load(Path(run.name, "predictions.npz")) as file:
+    path = Path(run.name, "predictions.npz")
+    if not path.exists():
+        raise ValueError("needs --save_predictions")
+    with np.load(path) as file:
         return confidence_and_wrong(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
 
 
@@ -106,7 +109,7 @@ def draw(Figure, draw_group, groups: list[list[Run]]):
         style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 4], "marker": MARKERS[i % 7]}
         try:
             draw_group(axis, runs, label=textwrap.fill(labels[i], 40), **style)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             print(f"left out of {draw_group.__name__}: {', '.join(run.name for run in runs)} ({error})")
     handles = {}
     for axis in axes:

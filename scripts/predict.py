@@ -7,6 +7,7 @@ stands for the JPEG and PNG files in it and below. A file that is not an image g
 
 import argparse
 import csv
+import signal
 import sys
 from pathlib import Path
 
@@ -75,4 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
+    try:
+        sys.exit(main())
+    except OSError as e:
+        sys.exit(f"error: {e}")

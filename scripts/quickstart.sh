@@ -8,7 +8,7 @@ venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 echo "installing into $venv; PyTorch is some gigabytes and takes minutes the first time"
 "$venv/bin/python" -m pip install --disable-pip-version-check --requirement requirements.txt
-echo "training; about a minute on a CPU"
+echo "training; one to five minutes on a CPU"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # more threads wait for each other: much slower where the machine is busy
 "$venv/bin/python" main.py --PSKD --BYOT --DML --data_type synthetic --limit_train 5000 --end_epoch 3 \
     --width 16 --lr_decay_schedule 2 --run_name quickstart "$@"

@@ -93,6 +93,14 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argp
     return runs, args, torch.cuda.device_count(), torch.get_num_threads()
 
 
+def is_finished(run: Path) -> bool:
+    """Whether results.json says so; a damaged one does not, and main.py writes it again."""
+    try:
+        return json.loads((run / "results.json").read_text())["status"] == "finished"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def write_line(line: str) -> None:
     """Print a line whole, though several threads do; a closed pager or terminal stops no run."""
     with contextlib.suppress(OSError), OUTPUT_LOCK:
@@ -119,8 +127,7 @@ def run_all(runs: dict[str, list[str]], experiments: Path, overwrite: bool, jobs
         for name in names:  # shared: each job takes the next
             if received:
                 return
-            results = experiments / name / "results.json"
-            if not overwrite and results.exists() and json.loads(results.read_text())["status"] == "finished":
+            if not overwrite and is_finished(experiments / name):
                 write_line(f"skip {name}: finished")
                 continue
             write_line(f"start {name}")

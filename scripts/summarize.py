@@ -259,4 +259,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    main()
+    try:
+        main()
+    except (OSError, UnicodeDecodeError) as e:
+        sys.exit(f"error: {e}")

@@ -41,7 +41,7 @@ def test_new_loss_example_touches_only_loss(tmp_path):
     package = package.replace("\n\n\ndef check_flags", "\n" + flag + "\n\ndef check_flags", 1)
     package = package.replace("    return Objective(", append + "    return Objective(", 1)
     (tmp_path / "loss" / "__init__.py").write_text(package)
-    words = [*SMALL.split(), "--BYOT", "--exit_entropy", "0.1", "--run_name", "own"]
+    words = [*SMALL.split(), "--BYOT", "--confidence_penalty", "0.1", "--run_name", "own"]
     done = subprocess.run([sys.executable, "main.py", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert '"entropy":' in (tmp_path / "experiments" / "own" / "metrics.jsonl").read_text()
@@ -53,7 +53,7 @@ def test_files_and_flags_exist(page):
     assert len(README.splitlines()) <= 200
     for path in re.findall(r"(?:scripts|tests|loss|utils|data|models)/[\w/]+\.(?:py|sh|png|md|jsonl?)", text):
         assert (ROOT / path).exists() or path == "loss/entropy.py", path
-    known = {*vars(main.parse_args([])), "help", "logdir", "nproc_per_node", "exit_entropy"}
+    known = {*vars(main.parse_args([])), "help", "logdir", "nproc_per_node", "confidence_penalty"}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"--([\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]+)", text)) <= known

@@ -90,7 +90,7 @@ def test_a_finished_run_says_so_and_a_lost_file_is_written_again(finished, tmp_p
     directory = shutil.copytree(finished, tmp_path / "run")
     before = files(directory)
     assert train(directory) == 0 and "is finished" in capsys.readouterr().out and files(directory) == before
-    for name in ("results.json", "predictions.npz"):
+    for name in ("config.json", "metrics.jsonl", "results.json", "predictions.npz"):
         (directory / name).unlink()
         assert train(directory) == 0 and content(directory) == content(finished)
     for file in directory.glob("*.pth"):  # as a user may, to save room

@@ -123,10 +123,11 @@ def test_failures_are_listed_and_finished_runs_skipped(runs, capfd):
     failed = "cifar100_resnet18_DML_seed4"
     assert run_table.main(["1", "2-4"]) == 1
     assert capfd.readouterr().out.endswith(f"failed: 1 of 3 runs\n  {failed}: exit status 7, see {runs / failed}\n")
+    (runs / "cifar100_resnet18_PSKD_seed4" / "results.json").write_text("{")  # damaged: trained again
     assert run_table.main(["1", "2-4"]) == 1
     assert run_table.main(["1", "2", "--", "--overwrite"]) == 0
     names = (runs / "log").read_text().replace("cifar100_resnet18_", "").replace("_seed4", "").split()
-    assert names == ["BYOT", "DML", "PSKD", "DML", "BYOT"]
+    assert names == ["BYOT", "DML", "PSKD", "DML", "PSKD", "BYOT"]
 
 
 @pytest.mark.parametrize(("given", "used"), [("", "1"), ("6", "6")])

@@ -94,9 +94,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--run_name", metavar="NAME", help="(default: <data>_<model>_<methods>_seed<seed>)")
     group.add_argument(
-        "--resume", metavar="PATH", help="continue from this checkpoint or run directory; its flags must be given again"
+        "--resume", metavar="PATH", help="continue from this checkpoint or run directory, with the same flags"
     )
-    flag("--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, and stop")
+    flag(
+        "--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
+    )
     flag("--overwrite", help="start over, replacing what the run directory holds")
     flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
     flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")

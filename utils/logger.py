@@ -139,7 +139,9 @@ def results_table(results: dict) -> str:
                 chosen = test["early_exit"]["chosen"]
                 share = 100 * chosen["multiply_adds"] / test["early_exit"]["backbone_multiply_adds"]
                 error = f"top-1 err {100 - chosen['accuracy']:.2f} % with {share:.0f} % of the backbone's multiply-adds"
-                rows.append([f"  early exit at confidence {chosen['threshold']:.2f}: {error}"])
+                rows.append(
+                    [f"  early exit at confidence {chosen['threshold']:.2f}, chosen on held-out images: {error}"]
+                )
     return "\n".join(f"{label:14}" + "".join(f"{cell:>11}" for cell in cells) for label, *cells in rows)
 
 

@@ -97,8 +97,9 @@ class RunDirectory:
         if note:
             print(note)
         is_finished = exists and done == results.get("epochs") == wanted and results.get("status") == "finished"
-        if is_finished and flags["save_predictions"]:
-            is_finished = (self.path / "predictions.npz").exists()
+        files = ["config.json", "metrics.jsonl", *(["predictions.npz"] if flags["save_predictions"] else [])]
+        if not all((self.path / file).exists() for file in files):  # they are written again
+            is_finished = False
         if is_finished:
             print(f"{self.path} is finished ({wanted} epochs); --overwrite starts over")
         elif done < wanted:
@@ -146,11 +147,10 @@ class RunDirectory:
         if now["allow_end_epoch_change"]:
             now = now | {"end_epoch": before.get("end_epoch")}
         if differ := differences(before, now):
-            raise UserError(
-                f"{self.source} was trained with other flags: {', '.join(differ)}; give the same ones, another"
-                " --run_name, or --overwrite to start over (--allow_end_epoch_change lets --end_epoch differ, though"
-                " PS-KD's alpha_t depends on it)"
-            )
+            remedy = "give the same ones, another --run_name, or --overwrite to start over"
+            if any(flag.startswith("--end_epoch ") for flag in differ):
+                remedy += " (--allow_end_epoch_change lets --end_epoch differ, though PS-KD's alpha_t depends on it)"
+            raise UserError(f"{self.source} was trained with other flags: {', '.join(differ)}; {remedy}")
         done = checkpoint["epoch"] + 1
         if done > self.flags["end_epoch"]:
             raise UserError(f"{self.source} has {done} epochs already, more than --end_epoch {self.flags['end_epoch']}")
@@ -170,7 +170,7 @@ class RunDirectory:
         if self._lock is None:
             self._acquire_lock()
             if (self.path / LAST).exists():
-                raise UserError(f"{self.path} was taken by another run meanwhile; choose another --run_name")
+                raise UserError(f"{self.path} was started by another command meanwhile; rerun this one to continue it")
         self.check_lock()
         starts = read_json(self.path / "config.json").get("starts", [])
         if self.source is None:  # a new run
