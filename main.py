@@ -24,12 +24,15 @@ from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, write_arrays, write_json
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.logger import Logger, results_table
+from utils.errors import Interrupted, UserError, describe_error, first_line, signals_raise
+from utils.files import write_arrays, write_json
+from utils.logger import Logger
+from utils.machine import machine_facts, set_up_torch
+from utils.records import results_table
 from utils.run_directory import RunDirectory
-from utils.runtime import Interrupted, UserError, describe_error, first_line, machine_facts, set_up_torch, signals_raise
 
 PER_MACHINE = ("data_path", "workers", "experiments_dir")  # flags in which the processes of one run may differ
 

@@ -14,8 +14,8 @@ from data import readers, synthetic
 from data.loader import Loader, generator
 from data.readers import Images, Split
 from utils import distributed
+from utils.errors import UserError
 from utils.flags import add_number
-from utils.runtime import UserError
 
 
 class Dataset(NamedTuple):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data import augment
 from data.readers import Split
 from utils import distributed
-from utils.runtime import UserError
+from utils.errors import UserError
 
 # Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
 # for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.

@@ -23,8 +23,8 @@ from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from tqdm import tqdm
 
-from utils.checkpoint import write_atomic
-from utils.runtime import UserError, first_line
+from utils.errors import UserError, first_line
+from utils.files import write_atomic
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"

@@ -32,7 +32,7 @@ from utils.cuda_graph import GraphedStep
 from utils.distributed import local_device
 from utils.engine import TrainStep, build_optimizer, train_one_epoch
 from utils.flags import number_type
-from utils.runtime import machine_facts, set_up_torch
+from utils.machine import machine_facts, set_up_torch
 
 CONFIGS = {  # name -> flags of main.py; the reference and _nchw keep weights and images in NCHW
     "reference": "--precision=fp32",

@@ -20,8 +20,8 @@ from data.loader import resize
 from data.readers import read_pixels
 from models import load_run
 from models.exits import confidence
+from utils.errors import UserError
 from utils.flags import number_type
-from utils.runtime import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 

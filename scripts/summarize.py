@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 from loss import METHODS
 from main import parse_args
 from utils.flags import RUNTIME_FLAGS
+from utils.machine import MACHINE_FACTS
 from utils.metrics import METRICS
-from utils.runtime import MACHINE_FACTS
 
 # Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
 NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, "starts", "data", "seed", "classifier_type", *METHODS}

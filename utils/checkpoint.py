@@ -1,89 +1,16 @@
-"""Atomic file writes and checksum-verified loading."""
+"""The checkpoint's format: verified when it is read, and loaded."""
 
-import contextlib
-import errno
 import io
 import json
-import os
-import shutil
-import uuid
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from utils.runtime import UserError, first_line
+from utils.errors import UserError, first_line
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 ENTRIES = {"model": dict, "optimizer": dict, "objective": dict, "epoch": int, "history": list, "args": dict}
-
-
-def temporary_name(path: Path) -> Path:
-    """A unique path next to `path`; `*.tmp` finds what a killed process left."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that, whatever happens, `path` holds either the old content or the new.
-
-    Raises:
-        UserError: the disk is full or cannot be written.
-    """
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        _rename(temporary, path)
-    except OSError as e:
-        remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix it"
-        raise UserError(
-            f"{path} cannot be written ({e.strerror}); its earlier content is intact: {remedy}, then rerun"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def link_atomic(source: Path, path: Path) -> None:
-    """Make `path` another name of the file `source`, or a copy on a file system without links."""
-    temporary = temporary_name(path)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    _rename(temporary, path)
-    temporary.unlink(missing_ok=True)  # renaming one link of a file to another does nothing
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """os.replace, then fsync of the directory, so that a power cut does not undo it."""
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
-def write_json(path: Path, value) -> None:
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file; empty where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
-    """Write tensors as an .npz file."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
-    write_atomic(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from utils.runtime import OUT_OF_MEMORY, first_line
+from utils.errors import OUT_OF_MEMORY, first_line
 
 WARM_UP = 3  # steps in which libraries choose kernels and lazily built state (momentum, meters) gets its memory
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.runtime import UserError, first_line
+from utils.errors import UserError, first_line
 
 
 def check_environment() -> None:

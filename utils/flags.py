@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from utils import distributed
-from utils.runtime import has_bf16_instructions
+from utils.machine import has_bf16_instructions
 
 # The flags that say where and how a run is computed or stored. All others define the experiment.
 RUNTIME_FLAGS = frozenset(

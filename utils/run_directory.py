@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from utils import distributed
-from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, link_atomic, read_json, write_atomic, write_json
+from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint
+from utils.errors import Interrupted, UserError
+from utils.files import link_atomic, read_json, write_atomic, write_json
 from utils.flags import differences
-from utils.runtime import Interrupted, UserError
+from utils.records import best_record
 
 # Beside checkpoints; what --overwrite removes.
 FILES = ("metrics.jsonl", "results.json", "config.json", "predictions.npz", "experiment.log", "val.json")
@@ -249,8 +251,3 @@ class RunDirectory:
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history).encode())
         write_json(self.path / "results.json", results)
         return results
-
-
-def best_record(history: list[dict]) -> dict | None:
-    """The epoch of lowest top-1 error, the earliest where several tie."""
-    return min(history, key=lambda record: record["val"]["top1_error"], default=None)

@@ -5,21 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import build, random_images
 from torchvision.transforms.v2 import functional as reference
 
 import data
 from data import augment, loader, readers, synthetic
-from main import parse_args
-from utils.runtime import UserError
-
-
-def build(*words, split=None):
-    words = ["--data_type", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch_size", 16, *words]
-    return data.build_loaders(parse_args([str(word) for word in words]), "cpu", split)
-
-
-def random_images(num, height=32, width=32):
-    return np.random.RandomState(num).randint(0, 256, (num, height, width, 3)).astype(np.uint8)
+from utils.errors import UserError
 
 
 def epoch_of(part):

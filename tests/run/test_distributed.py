@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_crash import PROCESSES, bits
-from test_main import ALL, SMALL, before_step, make_small, read, read_records, run, val_only
+from helpers import ALL, PROCESSES, SMALL, before_step, bits, make_small, read, read_records, run, val_only
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import build, random_images
 from PIL import Image
-from test_data import build, random_images
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import readers
-from utils.runtime import UserError
+from utils.errors import UserError
 
 CLASS_IDS, IMAGE = [f"n{number:08d}" for number in range(1000, 1200)], Image.effect_noise((20, 24), 99)
 TINY = "tiny-imagenet-200"

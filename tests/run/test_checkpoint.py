@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_main import files, one_line, read_records, run
+from helpers import files, one_line, read_records, run
 
 from utils.checkpoint import LAST, PREVIOUS, find_checkpoint, load_checkpoint
-from utils.runtime import UserError
+from utils.errors import UserError
 
 FLAGS = ("--PSKD", "--BYOT", "--num_resnet_blocks", "2")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers import read_records, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_main import read_records, run
 
 import main
 from loss import METHODS

@@ -1,12 +1,11 @@
 """A small run, killed at random moments and started again by the same command, ends in the bits of an undisturbed one.
 
-`python tests/test_crash.py 50` kills 50 times. The processes have loaded PyTorch before the clock starts, so that most
-kills hit the run itself; half of them wait until a checkpoint is being written.
+`python tests/run/test_crash.py 50` kills 50 times. The processes have loaded PyTorch before the clock starts, so that
+most kills hit the run itself; half of them wait until a checkpoint is being written.
 """
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -15,40 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import conftest  # noqa: F401  (finds the program when this file is run by itself)
-import numpy as np
-import torch
-from test_main import ALL, files, read, read_records, run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers import PROCESSES, content, read_records, train
 
-from utils.flags import RUNTIME_FLAGS
-
-FLAGS = (*ALL, "--end_epoch", "3", "--val_split", "0.25", "--save_predictions")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # power or memory failing, preemption, Ctrl-C
 PATIENCE = 120  # seconds that a process may take; more is a hang
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch.utils.tensorboard", "torchvision"])
-
-
-def train(directory: Path, *words: str) -> int:
-    return run(directory, *FLAGS, *words)
-
-
-def bits(value):
-    """Nested dicts and lists without times and runtime flags; tensors and arrays as type, shape and bytes."""
-    if isinstance(value, dict):
-        left_out = RUNTIME_FLAGS | {"hours", "starts"}
-        return {key: bits(v) for key, v in value.items() if "second" not in str(key) and key not in left_out}
-    if isinstance(value, list | tuple):
-        return [bits(v) for v in value]
-    return (str(value.dtype), value.shape, np.asarray(value).tobytes()) if hasattr(value, "dtype") else value
-
-
-def content(directory: Path) -> dict[str, object]:
-    """Everything in a run directory that must not depend on what happened to the run."""
-    names = [str(file.relative_to(directory)).split("tfevents")[0] for file in files(directory)]  # one event file
-    found = {file.name: torch.load(file, weights_only=True) for file in directory.glob("*.pth")}
-    found |= {"files": sorted(names), "results": read(directory), "records": read_records(directory)}
-    return bits(found | {"predictions": dict(np.load(directory / "predictions.npz"))})
 
 
 def in_child(directory: Path, started) -> None:

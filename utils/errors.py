@@ -1,18 +1,8 @@
-"""The process around a run: errors that become one line, signals, random seeds, facts of the machine."""
+"""Errors that become one line, and signals that end a run."""
 
 import contextlib
-import functools
-import platform
-import re
 import signal
-import subprocess
 from pathlib import Path
-
-import torch
-import torchvision
-
-# Keys of config.json that say where a run was computed.
-MACHINE_FACTS = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # PyTorch on a CPU, on a GPU, CUDA libraries
 
@@ -83,50 +73,3 @@ def describe_error(error: Exception, args) -> str | None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def set_up_torch(seed: int, device: torch.device, precision: str) -> None:
-    """Seed PyTorch and choose how float32 products are computed.
-
-    Nothing in a training step draws from the global generators (weights come from `build_model`'s own seed, order
-    and augmentation from the loader's), so seeding them is for code that a user adds.
-    """
-    torch.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.benchmark = True  # few shapes, each used thousands of times
-
-
-@functools.cache
-def machine_facts(device: torch.device, processes: int = 1) -> dict:
-    """MACHINE_FACTS and their values: versions, device, number of processes, git commit."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        model = re.search(r"model name\s*: (.+)", _cpu_info())
-        name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
-    versions = (platform.python_version(), torch.__version__, torchvision.__version__)
-    return dict(zip(MACHINE_FACTS, (*versions, name, processes, _git_commit()), strict=True))
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; without, bf16 is slower than float32."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpu_info().split())
-
-
-def _cpu_info() -> str:
-    """Linux's description of the processor; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, marked where files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
-    try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return git.stdout.strip()

@@ -9,27 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils import figures
-from utils.logger import Logger, results_table
+from utils.logger import Logger
+from utils.records import results_table
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
 LABELS = torch.arange(6) % 3
 LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
-
-
-def metrics(top1):
-    return {"top1_error": top1, "top5_error": 4.0, "nll": 0.5, "ece": 3.0, "aurc": 50.0, "eaurc": 20.0}
-
-
-def record(epoch, top1):
-    return {
-        "epoch": epoch, "lr": 0.1, "alpha_t": None, "seconds": 2.0, "seconds_validation": 0.5, "seconds_saving": 0.6,
-        "images_per_second": 99.0, "train": {"loss": 1.5, "hint": 0.25, "top1_error": 60.0},
-        "val": metrics(top1), "exits": [None, metrics(top1 + 5)], "ensemble": metrics(top1 - 1),
-    }  # fmt: skip
 
 
 CHOSEN = {"threshold": 0.7, "accuracy": 75.5, "multiply_adds": 130}

@@ -13,7 +13,7 @@ from torch import nn
 import main
 from data import synthetic
 from models import ALIASES, MODELS, build_model, load_run
-from utils.runtime import UserError
+from utils.errors import UserError
 
 TORCHVISION = {"wideresnet50": "wide_resnet50_2", "wideresnet101": "wide_resnet101_2"}  # where names differ
 EVERY_NETWORK = pytest.mark.parametrize("name", MODELS)

@@ -1,20 +1,16 @@
 """scripts/plot.py: figures of fabricated runs, the numbers that they show, and what is left out."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
+import plot
 import pytest
+import summarize
 import torch
-from test_logger import metrics, record
+from helpers import metrics, record
 
 from utils import figures
 from utils.metrics import classification_metrics
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import plot
-import summarize
 
 LABELS = torch.arange(60) % 5
 

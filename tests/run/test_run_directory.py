@@ -11,8 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_crash import bits, content, train
-from test_main import SMALL, before_step, files, one_line, read, read_records, run
+from helpers import SMALL, before_step, bits, content, files, one_line, read, read_records, run, train
 
 import main
 from utils import run_directory

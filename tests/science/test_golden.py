@@ -5,11 +5,11 @@ cross-entropy and ours the KL, they differ by an entropy, which is added where t
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from loss import build_objective
 from main import parse_args
@@ -17,7 +17,7 @@ from models import MODELS, Outputs, build_model
 from utils.engine import build_schedule
 from utils.metrics import classification_metrics
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 LOSSES = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / "losses.npz").items()}
 METRICS = dict(np.load(GOLDEN / "metrics.npz"))
 NETWORKS = json.loads((GOLDEN / "models.json").read_text())

@@ -2,19 +2,16 @@
 
 import json
 import multiprocessing
-import sys
 from pathlib import Path
 from unittest import mock
 
+import benchmark
 import pytest
 import torch
 from conftest import ROOT
 
 from data.loader import Loader
 from main import parse_args
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark
 
 SMALL = "--PSKD --BYOT --width=4 --batch_size=8 --device=cpu --precision=fp32"
 

@@ -3,79 +3,23 @@
 import itertools
 import json
 import math
-import re
 import shlex
-import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import ALL, files, make_small, one_line, read, read_records, run, save_photos, val_only
 
 import main
-from data import build_loaders, synthetic
+from data import build_loaders
 from models import load_run
 from utils import run_directory
 from utils.calibration import fit_temperature
-from utils.engine import TrainStep, evaluate, predict
+from utils.engine import evaluate, predict
+from utils.machine import MACHINE_FACTS
 from utils.metrics import METRICS, classification_metrics
-from utils.runtime import MACHINE_FACTS
-
-ALL = ("--PSKD", "--BYOT", "--DML")
-SMALL = "--data_type synthetic --classes 10 --image_size 16 --width 4 --batch_size 16 --lr 0.05 --end_epoch 2"
-
-
-def make_small(patch: pytest.MonkeyPatch) -> None:
-    """4 training and 2 test images per synthetic class, every epoch saved however slow the disk, no pictures."""
-    patch.setattr(synthetic, "TRAIN_PER_CLASS", 4)
-    patch.setattr(synthetic, "TEST_PER_CLASS", 2)
-    patch.setattr(run_directory, "SHORT_WRITE", math.inf)
-    patch.setitem(sys.modules, "matplotlib", None)
-
-
-def run(directory: Path, *words: str, flags: str = SMALL) -> int:
-    """The command in this process, with `directory` as its run directory; `words` override `flags`."""
-    where = ["--experiments_dir", str(directory.parent), "--run_name", directory.name]
-    with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
-        return main.main([*flags.split(), "--device", "cpu", "--precision", "fp32", *where, *words])
-
-
-def val_only(path: Path, directory: Path, *words: str) -> int:
-    return run(directory, "--resume", str(path), *words, flags="--val_only")
-
-
-def read(directory: Path, name: str = "results.json") -> dict:
-    return json.loads((directory / name).read_text())
-
-
-def read_records(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def one_line(capsys) -> str:
-    error = capsys.readouterr().err
-    assert re.fullmatch("error: .*\n", error), error
-    return error
-
-
-def files(directory: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
-def before_step(monkeypatch, number: int, action) -> None:
-    """Call `action(step)` before the training step of this number, counted from 0."""
-    call, numbers = TrainStep.__call__, itertools.count()
-
-    def step(self, *batch):
-        if next(numbers) == number:
-            action(self)
-        call(self, *batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", step)
-
 
 COMBINATIONS = [" ".join(methods) for n in range(4) for methods in itertools.combinations(ALL, n)]
 COMBINATIONS += ["--BYOT --BYOT_from_k_block 2", "--DML --DML_on_output"]
@@ -133,14 +77,6 @@ def test_val_split_gives_a_test_block_and_without_it_nothing_is_fitted(tmp_path,
         curve, chosen = block["early_exit"]["curve"], block["early_exit"]["chosen"]
         assert curve[-1]["accuracy"] == pytest.approx(100 - block["val"]["top1_error"])
         assert chosen in curve and chosen["heldout_accuracy"] >= curve[-1]["heldout_accuracy"] - 0.5
-
-
-def save_photos(folder: Path) -> None:
-    random = np.random.RandomState(0)
-    for i in range(24):
-        file = folder / ("test" if i % 3 == 0 else "train") / "ab"[i % 2] / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.randint(0, 256, (20, 20, 3), dtype=np.uint8)).save(file)
 
 
 @pytest.fixture

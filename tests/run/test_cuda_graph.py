@@ -16,7 +16,7 @@ from loss import build_objective
 from models import build_model
 from utils import distributed, engine
 from utils.cuda_graph import GraphedStep
-from utils.runtime import describe_error
+from utils.errors import describe_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Five full batches and a last one of four in each of three epochs; the learning rate drops in the last.

@@ -1,18 +1,14 @@
 """scripts/predict.py on the images that the loaders read: the same classes and confidences, and files that are none."""
 
 import csv
-import sys
 
+import predict
 import pytest
-from conftest import ROOT
-from test_main import run, save_photos
+from helpers import run, save_photos
 
 from data import build_loaders
 from models import load_run
 from utils.engine import predict as predict_split
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import predict
 
 
 @pytest.mark.parametrize("methods", ["", "--BYOT", "--BYOT --val_split 0.3"])
