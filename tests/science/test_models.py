@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import data
 import main
 from data import synthetic
 from models import ALIASES, MODELS, build_model, load_run
+from utils.checkpoint import load_checkpoint, write_checkpoint
 from utils.errors import UserError
 
 TORCHVISION = {"wideresnet50": "wide_resnet50_2", "wideresnet101": "wide_resnet101_2"}  # where names differ
@@ -168,11 +170,9 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "TRAIN_PER_CLASS", 20)
         assert main.main([*words.split(), "--experiments_dir", str(run.parent), "--run_name", "run"]) == 0
-        _, val = main.build_loaders(main.parse_args(words.split()), "cpu")
-    (run / "checkpoint_previous.pth").replace(run / "checkpoint_best.pth")
-    results = json.loads((run / "results.json").read_text())
-    results["test"]["best"] = {"temperatures": [None, 2.0, 3.0, 4.0]}
-    (run / "results.json").write_text(json.dumps(results))
+        _, val = data.build_loaders(main.parse_args(words.split()), "cpu")
+    best = load_checkpoint(run / "checkpoint_previous.pth")
+    write_checkpoint(run / "checkpoint_best.pth", best | {"test": {"best": {"temperatures": [None, 2.0, 3.0, 4.0]}}})
     return run, val
 
 
@@ -189,15 +189,19 @@ def test_load_run_gives_the_trained_network_and_what_is_needed_to_use_it(run):
     assert model.temperatures == info["temperatures"] == fitted and [t is None for t in fitted] == [True] + [False] * 3
     best, info = load_run(str(run), "best")
     assert best.temperatures == [None, 2.0, 3.0, 4.0] and info["epoch"] == 0 and (best.fc.bias != model.fc.bias).any()
-    results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps(results | {"test": None}))  # as without --val_split
+    last = load_checkpoint(run / "checkpoint_last.pth")
+    write_checkpoint(run / "checkpoint_last.pth", last | {"test": None})  # as without --val_split
     model, info = load_run(run)
+    write_checkpoint(run / "checkpoint_last.pth", last)
     assert info["temperatures"] is None and model.temperatures == [None, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("file", ["checkpoint_last.pth", "config.json", "results.json"])
-def test_load_run_names_the_file_that_is_missing_or_damaged(run, file):
-    path, content = run[0] / file, (run[0] / file).read_bytes()
+def test_load_run_reads_the_checkpoint_alone_and_names_it_when_missing_or_damaged(run):
+    for export in ("config.json", "results.json"):
+        (run[0] / export).unlink()
+    path = run[0] / "checkpoint_last.pth"
+    content = path.read_bytes()
+    load_run(run[0])
     for damaged in (None, b"", b"[]", content[: len(content) // 2]):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(UserError) as caught:
