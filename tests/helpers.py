@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import conftest  # noqa: F401  (finds the program where a test file is run by itself)
 import numpy as np
 import pytest
 import torch
