@@ -117,47 +117,40 @@ def main(argv: list[str] | None = None) -> int:
 def train(args, device: torch.device) -> None:
     """Train from the run directory's last checkpoint to --end_epoch, and report."""
     with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
-        # Where the run starts: flags are compared before any image is read, images before anything is written.
+        # where the run starts: flags are compared before any image is read, images before anything is written
         checkpoint = run.open()
         loaders = load_splits(args, device, checkpoint["data"] if checkpoint else None)
         train_loader, val_loader = loaders["train"], loaders["val"]
-        if distributed.find_differing(train_loader.record):
-            raise UserError("the processes read different images: give all of them the same data")
-        if checkpoint:
-            check_same_images(checkpoint["data"], train_loader.record, run.source)
+        check_images(run, checkpoint, train_loader.record)
         if run.is_finished:
             run.export("finished")
             print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
-        # Network, loss and optimiser
+        # network, loss and optimiser
         model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
         objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
         optimizer, schedule = build_optimizer(args, model), build_schedule(args)
         states = {"model": model, "objective": objective, "optimizer": optimizer}
         if checkpoint:
             load_states(checkpoint, run.source, **states)
+
+        # the training step, perhaps in several processes, perhaps captured
         network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
         step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
         if args.cuda_graph:
             step = GraphedStep(step)
 
-        # From here on files are written.
-        facts = machine_facts(device, distributed.world_size())
-        run.begin(facts, train_loader.record, checkpoint)
+        # from here on files are written
+        run.begin(machine_facts(device, distributed.world_size()), train_loader.record, checkpoint)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        logger.info(
-            f"{args.run_name}: {args.classifier_type} ({millions:.2f} M parameters), {train_loader.num_samples}"
-            f" training and {val_loader.num_samples} validation images, {args.precision} on {facts['device_name']}"
-        )
-        for note in flags.notes(args, device):
-            logger.info(f"note: {note}")
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
-        logger.start(vars(args), train_loader, run.history)
+        notes = flags.notes(args, device)
+        logger.start(headline(args, device, model, loaders), notes, vars(args), train_loader, run.history)
 
-        logits = labels = None
+        # training loop
+        predictions = None
         for epoch in range(first_epoch, args.end_epoch):
             lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
             seed_generators(args.seed, epoch, distributed.rank())
@@ -168,33 +161,62 @@ def train(args, device: torch.device) -> None:
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
             if bad := find_not_finite(model, trained["train"]):
                 raise not_finite(bad, epoch, args)
+
             start = time.perf_counter()
-            logits, labels = predict(model, val_loader, args.precision)
+            predictions = predict(model, val_loader, args.precision)
             if run.is_main:
-                measured = measure(logits, labels, epoch, args)
+                measured = measure(*predictions, epoch, args)
                 timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
                 record = {**settings, **trained, **timing, **measured}
                 run.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
                 logger.epoch(record)
 
-        # The end: predictions, the test split, the report
-        if logits is None:  # the run had been stopped after its last epoch
-            logits, labels = predict(model, val_loader, args.precision)
-        test = None
-        if args.val_split is not None:
-            test = evaluate_test_split(args, run, model, val_loader, loaders["test"])
-        if run.is_main:
-            if args.save_predictions:
-                run.check_lock()
-                exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
-                write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
-            results = run.results("finished", test)
-            logger.finish(results, logits[-1], labels, val_loader)
-            logger.info(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median); files: {run.path}")
-            logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
-            logger.close()
-            run.finish(test)  # last: nothing more is done for a run that is finished
+        finish(args, run, logger, model, loaders, predictions)
+
+
+def check_images(run: RunDirectory, checkpoint: dict | None, record: dict) -> None:
+    """Raises UserError where the processes read different images, or a run that goes on was trained on others."""
+    if distributed.find_differing(record):
+        raise UserError("the processes read different images: give all of them the same data")
+    if checkpoint:
+        check_same_images(checkpoint["data"], record, run.source)
+
+
+def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) -> str:
+    """What is trained, in one line."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
+    machine = machine_facts(device, distributed.world_size())["device_name"]
+    network = f"{args.classifier_type} ({millions:.2f} M parameters)"
+    return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
+
+
+def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, loaders: dict, predictions) -> None:
+    """After the last epoch: predictions, the test split, the report, and the mark that the run is finished.
+
+    predictions: logits (B, M, K) and labels (M,) of the validation images; None where the run had been stopped after
+    its last epoch.
+    """
+    if predictions is None:
+        predictions = predict(model, loaders["val"], args.precision)
+    test = None
+    if args.val_split is not None:
+        test = evaluate_test_split(args, run, model, loaders["val"], loaders["test"])
+    if not run.is_main:
+        return
+
+    logits, labels = predictions
+    if args.save_predictions:
+        run.check_lock()
+        exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
+        write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
+    results = run.results("finished", test)
+    logger.finish(results, logits[-1], labels, loaders["val"])
+    logger.info(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median); files: {run.path}")
+    logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
+    logger.close()
+    run.finish(test)  # last: nothing more is done for a run that is finished
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:

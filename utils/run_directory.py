@@ -217,7 +217,7 @@ class RunDirectory:
 
         unwanted = [file for file in self.path.iterdir() if TEMPORARY.fullmatch(file.name)]
         # Event files are rewritten from the history, so that no step is in them twice.
-        unwanted += self.path.glob("tensorboard/events.out.tfevents.*")
+        unwanted += self.path.glob("tensorboard/**/events.out.tfevents.*")
         if checkpoint is None:
             unwanted += [self.path / name for name in FILES]
             unwanted += self.path.glob("checkpoint_*.pth")
