@@ -14,6 +14,7 @@ import data
 import main
 from data import synthetic
 from models import ALIASES, MODELS, build_model, load_run
+from models.exits import PatchConv2d
 from utils.checkpoint import load_checkpoint, write_checkpoint
 from utils.errors import UserError
 
@@ -98,6 +99,22 @@ def test_narrow_shortcuts_are_the_strided_convolution():
     results = conv(x.requires_grad_()), F.conv2d(x, conv.weight, stride=2)
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), [x, conv.weight]) for y in results))
+
+
+@pytest.mark.parametrize("size", [(8, 16), (9, 15), (4, 7)])  # without and with a remainder
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_patch_convolutions_are_the_strided_convolution(kernel, size):
+    torch.manual_seed(0)
+    conv, x = PatchConv2d(3, 5, kernel, kernel).double(), torch.randn(2, 3, *size).double().requires_grad_()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        conv.to(memory_format=memory_format)
+        results = conv(x.contiguous(memory_format=memory_format)), F.conv2d(x, conv.weight, conv.bias, kernel)
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in results)
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv.float()(x.float()).dtype == torch.bfloat16
 
 
 @EACH_KIND_OF_EXIT
