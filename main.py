@@ -19,7 +19,7 @@ import torch
 import data
 import loss
 import models
-from data import build_loaders
+from data import check_same_images, load_splits
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
@@ -30,7 +30,7 @@ from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, f
 from utils.errors import Interrupted, UserError, describe_error, first_line, signals_raise
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
-from utils.machine import machine_facts, set_up_torch
+from utils.machine import machine_facts, seed_generators, set_up_torch
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
@@ -53,11 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None, fail: Callable | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: list[str] | None = None, fail: Callable | None = None, saved: dict | None = None
+) -> argparse.Namespace:
     """Read and check the command line; `auto` is resolved.
 
     A bad value ends the process with status 2, argparse's usage line and one sentence; or calls `fail(message)`,
-    which must not return.
+    which must not return. `saved` are flags of a checkpoint, which hold where the command line does not say otherwise.
     """
     parser = build_parser()
     parser.error = fail or parser.error
@@ -65,7 +67,8 @@ def parse_args(argv: list[str] | None = None, fail: Callable | None = None) -> a
         distributed.check_environment()
     except ValueError as e:
         parser.exit(2, f"main.py: error: {e}\n")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(**(saved or {})))
+    args.allow_change = sorted({*args.allow_change, *["end_epoch"] * args.allow_end_epoch_change})
     if args.run_name is None:
         args.run_name = "val_only" if args.val_only else default_run_name(args)
     for package in (loss, data, models, flags):
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.val_only:
                 evaluate_runs(args, argv, device)
             else:
-                set_up_torch(args.seed, device, args.precision)
+                set_up_torch(device, args.precision)
                 train(args, device)
         return 0
     except Interrupted as e:
@@ -114,38 +117,43 @@ def main(argv: list[str] | None = None) -> int:
 def train(args, device: torch.device) -> None:
     """Train from the run directory's last checkpoint to --end_epoch, and report."""
     with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
+        # where the run starts: flags are compared before any image is read, images before anything is written
         checkpoint = run.open()
+        loaders = load_splits(args, device, checkpoint["data"] if checkpoint else None)
+        train_loader, val_loader = loaders["train"], loaders["val"]
+        check_images(run, checkpoint, train_loader.record)
         if run.is_finished:
+            run.export("finished")
+            print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
-        train_loader, val_loader = build_loaders(args, device)
+
+        # network, loss and optimiser
         model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
         objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
         optimizer, schedule = build_optimizer(args, model), build_schedule(args)
         states = {"model": model, "objective": objective, "optimizer": optimizer}
-        history = []
         if checkpoint:
-            history = checkpoint["history"]
             load_states(checkpoint, run.source, **states)
+
+        # the training step, perhaps in several processes, perhaps captured
         network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
         step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
         if args.cuda_graph:
             step = GraphedStep(step)
-        facts = machine_facts(device, distributed.world_size())
-        run.begin({**facts, "data": train_loader.describe()}, history)
-        logger = Logger(run.path if run.is_main else None, args.end_epoch)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        logger.info(
-            f"{args.run_name}: {args.classifier_type} ({millions:.2f} M parameters), {train_loader.num_samples}"
-            f" training and {val_loader.num_samples} validation images, {args.precision} on {facts['device_name']}"
-        )
-        for note in flags.notes(args, device):
-            logger.info(f"note: {note}")
-        train_loader.set_epoch(min(len(history), args.end_epoch - 1))
-        logger.start(vars(args), train_loader, history)
 
-        logits = labels = None
-        for epoch in range(len(history), args.end_epoch):
+        # from here on files are written
+        run.begin(machine_facts(device, distributed.world_size()), train_loader.record, checkpoint)
+        logger = Logger(run.path if run.is_main else None, args.end_epoch)
+        first_epoch = len(run.history)
+        train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
+        notes = flags.notes(args, device)
+        logger.start(headline(args, device, model, loaders), notes, vars(args), train_loader, run.history)
+
+        # training loop
+        predictions = None
+        for epoch in range(first_epoch, args.end_epoch):
             lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
+            seed_generators(args.seed, epoch, distributed.rank())
             network.train()
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
@@ -153,32 +161,62 @@ def train(args, device: torch.device) -> None:
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
             if bad := find_not_finite(model, trained["train"]):
                 raise not_finite(bad, epoch, args)
+
             start = time.perf_counter()
-            logits, labels = predict(model, val_loader, args.precision)
+            predictions = predict(model, val_loader, args.precision)
             if run.is_main:
-                measured = measure(logits, labels, epoch, args)
+                measured = measure(*predictions, epoch, args)
                 timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
-                history.append({**settings, **trained, **timing, **measured})
-                run.save(lambda: {name: owner.state_dict() for name, owner in states.items()}, history)
-                logger.epoch(history[-1])
+                record = {**settings, **trained, **timing, **measured}
+                run.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
+                logger.epoch(record)
 
-        if logits is None:  # the run had been stopped after its last epoch
-            logits, labels = predict(model, val_loader, args.precision)
-        test = None
-        if args.val_split is not None:
-            test = evaluate_test_split(args, device, run, model, val_loader)
-        if run.is_main:
-            if args.save_predictions:
-                run.check_lock()
-                exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
-                write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
-            results = run.write_records(history, "running", test)
-            logger.finish(results, logits[-1], labels, val_loader)
-            logger.info(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median); files: {run.path}")
-            logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
-            logger.close()
-            run.write_records(history, "finished", test)  # last: nothing more is done for a run with that status
+        finish(args, run, logger, model, loaders, predictions)
+
+
+def check_images(run: RunDirectory, checkpoint: dict | None, record: dict) -> None:
+    """Raises UserError where the processes read different images, or a run that goes on was trained on others."""
+    if distributed.find_differing(record):
+        raise UserError("the processes read different images: give all of them the same data")
+    if checkpoint:
+        check_same_images(checkpoint["data"], record, run.source)
+
+
+def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) -> str:
+    """What is trained, in one line."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
+    machine = machine_facts(device, distributed.world_size())["device_name"]
+    network = f"{args.classifier_type} ({millions:.2f} M parameters)"
+    return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
+
+
+def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, loaders: dict, predictions) -> None:
+    """After the last epoch: predictions, the test split, the report, and the mark that the run is finished.
+
+    predictions: logits (B, M, K) and labels (M,) of the validation images; None where the run had been stopped after
+    its last epoch.
+    """
+    if predictions is None:
+        predictions = predict(model, loaders["val"], args.precision)
+    test = None
+    if args.val_split is not None:
+        test = evaluate_test_split(args, run, model, loaders["val"], loaders["test"])
+    if not run.is_main:
+        return
+
+    logits, labels = predictions
+    if args.save_predictions:
+        run.check_lock()
+        exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
+        write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
+    results = run.results("finished", test)
+    logger.finish(results, logits[-1], labels, loaders["val"])
+    logger.info(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median); files: {run.path}")
+    logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
+    logger.close()
+    run.finish(test)  # last: nothing more is done for a run that is finished
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:
@@ -197,10 +235,9 @@ def not_finite(what: str, epoch: int, args) -> UserError:
     )
 
 
-def evaluate_test_split(args, device, run: RunDirectory, model, val_loader) -> dict:
+def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
     complete in rank 0."""
-    loader = build_loaders(args, device, split="test")
     trained, test = trained_exits(args), {}
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
@@ -208,7 +245,7 @@ def evaluate_test_split(args, device, run: RunDirectory, model, val_loader) -> d
         if checkpoint is None:
             continue
         load_states(checkpoint, file, model=model)
-        heldout, tested = (predict(model, part, args.precision) for part in (val_loader, loader))
+        heldout, tested = (predict(model, part, args.precision) for part in (val_loader, test_loader))
         if not run.is_main:
             continue
         epoch = checkpoint["epoch"]
@@ -253,11 +290,15 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
 
 
 def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> dict:
-    """The metrics of a checkpoint, with the network and the images of its own flags; the command line `argv` says
-    where and how to compute.
+    """The metrics of a checkpoint, with the network, classes, mean and std of its own record; the command line `argv`
+    says where and how to compute.
+
+    A run with `--val_split` is evaluated on its held-out images; where the data set at hand has others, which may be
+    among those that it was trained on, on the test split.
 
     Raises:
-        UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing.
+        UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing or of other
+            classes.
     """
     checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
     if note and distributed.is_main():
@@ -266,19 +307,30 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    saved = checkpoint["args"]
+    saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
     experiment = {name: value for name, value in saved.items() if name not in flags.RUNTIME_FLAGS - {"data_path"}}
-    own = parse_args([*flags.to_argv(experiment), *argv], fail)  # of a flag that is given twice, the last one counts
+    own = parse_args(argv, fail, experiment)
     if changes := flags.differences(saved, vars(own) | {"precision": saved.get("precision")}):
         raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
-    set_up_torch(own.seed, device, own.precision)
-    loader = build_loaders(own, device, split="val")
+    set_up_torch(device, own.precision)
+    loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
+    split = "val"
+    if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
+        split = "test"
+    loader = loaders[split]
     if distributed.is_main():
-        print(f"{path}: {loader.num_samples} {'test' if own.val_split is None else 'held-out training'} images")
+        kind = "test" if own.val_split is None or split == "test" else "held-out training"
+        print(f"{path}: {loader.num_samples} {kind} images")
     model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
     load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)
-    return {"checkpoint": str(path), "epoch": checkpoint["epoch"], **measure(logits, labels, checkpoint["epoch"], own)}
+    return {
+        "checkpoint": str(path),
+        "epoch": checkpoint["epoch"],
+        "images": loader.record["splits"][split],
+        "images_of_the_run": recorded[split],
+        **measure(logits, labels, checkpoint["epoch"], own),
+    }
 
 
 if __name__ == "__main__":

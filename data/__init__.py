@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import readers, synthetic
 from data.loader import Loader, generator
-from data.readers import Images, Split
+from data.readers import Images
 from utils import distributed
 from utils.errors import UserError
 from utils.flags import add_number
@@ -72,12 +72,35 @@ def check_flags(args: Namespace, fail) -> None:
 def build_loaders(args: Namespace, device: torch.device | str, split: str | None = None):
     """(training loader, validation loader); with split="val" or "test", that split's loader alone.
 
+    Raises:
+        UserError: files that are missing or damaged, or flags that the data cannot meet.
+    """
+    if split is None:
+        loaders = load_splits(args, device)
+        return loaders["train"], loaders["val"]
+    if args.val_split is None:
+        split = "val"  # which is the test split
+    return load_splits(args, device, names=(split,))[split]
+
+
+def load_splits(
+    args: Namespace, device: torch.device | str, record: dict | None = None, names=("train", "val", "test")
+) -> dict[str, Loader]:
+    """The loaders of the splits in `names`: `train` and `val`, and with `--val_split` also `test`.
+
     Validation is the test split, as in the paper, or with `--val_split` a part of the training split. `--classes`,
     `--val_split` and `--limit_train` or `--limit_val` apply in this order, and rows keep file order; `--limit_val`
     holds for the validation and for the test split.
 
+    Each loader's `record` says what the images are: `class_names` in the labels' order, `mean` and `std` (of RGB in
+    0..1), and `splits`: of each, the number of `images` and their `digest`.
+
+    Args:
+        record: a trained network's, whose mean and std are used. Its classes must be these; the images may be others,
+            as of another test set: `check_same_images` is for a run that goes on.
+
     Raises:
-        UserError: files that are missing or damaged, or flags that the data cannot meet.
+        UserError: files that are missing or damaged, flags that the data cannot meet, or other classes.
     """
     dataset = DATASETS[args.data_type]
     read = partial(dataset.read, Path(args.data_path), args.workers, args.val_only)
@@ -87,22 +110,60 @@ def build_loaders(args: Namespace, device: torch.device | str, split: str | None
             raise UserError(f"--classes {args.classes}: {args.data_type} has {len(class_names)} classes")
         class_names = class_names[: args.classes]
         train, test = (part.select(part.labels < args.classes) for part in (train, test))
-    val = test
+    if record is not None and (changes := _class_differences(record["class_names"], class_names)):
+        raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
+    mean, std = dataset.mean, dataset.std
+    splits = {"train": train, "val": test}
     if args.val_split is not None:
         held_out = hold_out(train.labels, args.val_split, args.seed)
-        train, val = train.select(~held_out), train.select(held_out)
-    mean, std = dataset.mean, dataset.std
-    if mean is None:
-        mean, std = channel_statistics(train.images)
-
-    def loader(part: Split, limit: int | None, **training) -> Loader:
-        part = part.select(first_of_each_class(part.labels, limit))
-        return Loader(part, class_names, mean, std, args.image_size, torch.device(device), **training)
-
-    if split is not None:
-        return loader({"val": val, "test": test}[split], args.limit_val)
+        splits = {"train": train.select(~held_out), "val": train.select(held_out), "test": test}
+    if record is not None:
+        mean, std = record["mean"], record["std"]
+    elif mean is None:
+        mean, std = channel_statistics(splits["train"].images)
+    splits = {
+        name: part.first_of_each_class(args.limit_train if name == "train" else args.limit_val)
+        for name, part in splits.items()
+        if name in names
+    }
+    found = {name: {"images": len(part.labels), "digest": part.digest()} for name, part in splits.items()}
+    record = {"class_names": list(class_names), "mean": list(mean), "std": list(std), "splits": found}
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
-    return loader(train, args.limit_train, **training), loader(val, args.limit_val)
+    loaders = {}
+    for name, part in splits.items():
+        options = training if name == "train" else {}
+        loaders[name] = Loader(part, record, args.image_size, torch.device(device), **options)
+    return loaders
+
+
+def check_same_images(before: dict, now: dict, source) -> None:
+    """For a run that goes on: two data records, the checkpoint's (`source`) and that of the images that were found.
+
+    Raises:
+        UserError: the images are not the same; says in what they differ.
+    """
+    changes = []
+    for name, found in now["splits"].items():
+        recorded = before["splits"].get(name, {"images": 0})
+        if found["images"] != recorded["images"]:
+            changes.append(f"{found['images']} {name} images in place of {recorded['images']}")
+        elif found["digest"] != recorded["digest"]:
+            changes.append(f"pixels or labels of the {found['images']} {name} images")
+    if changes:
+        raise UserError(
+            f"{source} was trained on other images; different are: {', '.join(changes)}. Restore them, or give another"
+            " --run_name, or --overwrite to start over"
+        )
+
+
+def _class_differences(before: list[str], now: list[str]) -> str:
+    """In words; empty where the classes are the same in the same order."""
+    missing = [name for name in before if name not in now]
+    new = [name for name in now if name not in before]
+    if not missing and not new:
+        return "" if before == now else "their order"
+    parts = [("missing", missing), ("new", new)]
+    return "; ".join(f"{what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for what, names in parts if names)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -129,13 +190,3 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
             raise UserError(f"--val_split {fraction} leaves no image to train on of class {label} ({len(rows)} images)")
         held_out[rows[torch.randperm(len(rows), generator=random)[:num].numpy()]] = True
     return held_out
-
-
-def first_of_each_class(labels: np.ndarray, limit: int | None) -> np.ndarray:
-    """Rows, in order, of at most `limit` images (None: all) out of labels (M,): the first of every class, then the
-    second of every class, and so on, so that classes are as even as the number allows."""
-    turn = np.zeros(len(labels), dtype=np.int64)  # 0 for the first image of its class, 1 for the second ...
-    for label in np.unique(labels):
-        of_class = labels == label
-        turn[of_class] = np.arange(of_class.sum())
-    return np.sort(np.lexsort((labels, turn))[:limit])

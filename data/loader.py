@@ -1,7 +1,7 @@
 """A split that lives on the training device as one uint8 tensor, and its iteration in batches."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class Loader:
     functions of (seed, epoch) alone, and each process gets its shard of every batch. Without, it is an evaluation
     loader: file order, and each process gets one contiguous shard of the split.
 
+    `record` is the data record (data/__init__.py) of the splits that were read with this one.
+
     `len()` counts this process's batches; `num_samples` the images of the complete split.
 
     Raises:
@@ -41,9 +43,7 @@ class Loader:
     def __init__(
         self,
         split: Split,
-        class_names: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
+        record: dict,
         image_size: int,
         device: torch.device,
         augmentation: str | None = None,
@@ -55,7 +55,8 @@ class Loader:
             images = resize(images, image_size)
         self.images = images.to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.class_names, self.mean, self.std = list(class_names), list(mean), list(std)
+        self.record = record
+        self.class_names, self.mean, self.std = (record[name] for name in ("class_names", "mean", "std"))
         self.num_classes = len(self.class_names)
         self.num_samples = len(images)
         self.image_size = image_size
@@ -64,7 +65,7 @@ class Loader:
         self.epoch = 0
         self.chunk_pixels = 0 if self.images.device.type == "cpu" else CHUNK_PIXELS
         # (x / 255 - mean) / std as one multiplication and one addition
-        mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         if augmentation is None:
             self.batch_size = max(1, EVALUATION_PIXELS[device.type] // image_size**2)
@@ -115,10 +116,6 @@ class Loader:
             images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
             labels = self.labels[index]
             yield from zip(images.split(chunk_sizes), labels.split(chunk_sizes), index.split(chunk_sizes), strict=True)
-
-    def describe(self) -> dict:
-        """What is needed to use a network that was trained on these images."""
-        return {"class_names": self.class_names, "mean": self.mean, "std": self.std}
 
     def pictures(self, index: torch.Tensor) -> torch.Tensor:
         """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,24 @@ class Outputs(NamedTuple):
     exit_features: tuple[Tensor, ...] = ()  # B-1 of (N, D), F_i
 
 
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel, as a matrix product over patches: the same function and parameters.
+
+    On CPUs oneDNN's gradient of such a convolution's weight is slow: a training step of ResNet-50 with all methods
+    takes 1.1 to 1.3 times as long with it. Maps in channels_last are copied once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.kernel_size[0]
+        num, channels, rows, columns = x.shape
+        if rows % k or columns % k:  # the convolution ignores the remainder
+            return super().forward(x)
+        x = x.permute(0, 2, 3, 1).reshape(num, rows // k, k, columns // k, k * channels)
+        patches = x.transpose(2, 3).flatten(3)  # (N, rows / k, columns / k, k k C)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (O, k k C)
+        return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
+
+
 class BottleneckExit(nn.Module):
     """Exit of BYOT (Zhang et al., ICCV 2019): squeeze to D / 4 channels, one convolution that takes the map to
     the last stage's size, expand to D. Its kernel is 8, 4, 2 for exits 1, 2, 3, however many stages there are.
@@ -30,15 +49,13 @@ class BottleneckExit(nn.Module):
         super().__init__()
         kernel, squeezed = 2 ** (4 - number), max(1, feature_dim // 4)
 
-        def conv(in_channels, out_channels, size):
-            return [
-                nn.Conv2d(in_channels, out_channels, size, stride=size),
-                nn.BatchNorm2d(out_channels),
-                nn.ReLU(inplace=True),
-            ]
+        def normalised(conv):
+            return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
 
         self.body = nn.Sequential(
-            *conv(channels, squeezed, 1), *conv(squeezed, squeezed, kernel), *conv(squeezed, feature_dim, 1)
+            *normalised(nn.Conv2d(channels, squeezed, 1)),
+            *normalised(PatchConv2d(squeezed, squeezed, kernel, stride=kernel)),
+            *normalised(nn.Conv2d(squeezed, feature_dim, 1)),
         )
         self.fc = nn.Linear(feature_dim, num_classes)
 

@@ -6,8 +6,6 @@ from pathlib import Path
 import models
 from models.exits import MultiExitResNet
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_states
-from utils.errors import UserError
-from utils.files import read_json
 
 
 def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
@@ -23,23 +21,14 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
         a Namespace), `epoch` (from 0), `temperatures` (B, shallow to deep, or None where none were fitted).
 
     Raises:
-        UserError: files that are missing, damaged or do not fit each other.
+        UserError: the checkpoint is missing or damaged.
     """
-    path = Path(path)
-    file = path / {"last": LAST, "best": BEST}[epoch]
-    checkpoint, results = load_checkpoint(file), read_json(path / "results.json")
-    if not results:
-        raise UserError(f"{path / 'results.json'} is missing or damaged")
-    try:
-        data = read_json(path / "config.json")["data"]
-        info = {key: data[key] for key in ("class_names", "mean", "std")}
-    except (KeyError, TypeError):
-        raise UserError(f"{path / 'config.json'} is missing or damaged") from None
-    args = argparse.Namespace(**checkpoint["args"])
+    file = Path(path) / {"last": LAST, "best": BEST}[epoch]
+    checkpoint = load_checkpoint(file)
+    args, info = argparse.Namespace(**checkpoint["args"]), dict(checkpoint["data"])
     model = models.build_model(args, len(info["class_names"])).eval()
     load_states(checkpoint, file, model=model)
-    test = results.get("test") or {}
-    temperatures = test[epoch]["temperatures"] if epoch in test else None
+    temperatures = checkpoint["test"][epoch]["temperatures"] if checkpoint["test"] else None
     trained = [1.0 if metrics else None for metrics in checkpoint["history"][-1]["exits"]]
     model.temperatures = temperatures or [*trained, 1.0]
     info |= {"image_size": args.image_size, "args": args, "epoch": checkpoint["epoch"], "temperatures": temperatures}

@@ -109,7 +109,7 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
     on_gpu = device.type == "cuda"
     if is_reference and on_gpu:
         args.precision = "tf32"  # PyTorch's default there
-    set_up_torch(args.seed, device, args.precision)
+    set_up_torch(device, args.precision)
     args.limit_train = (own.steps or (78 if on_gpu else 3)) * args.batch_size
     batches = loader = build_loaders(args, device)[0]
     model = build_model(args, loader.num_classes).train().to(device)

@@ -8,9 +8,34 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError, first_line
+from utils.files import write_atomic
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
-ENTRIES = {"model": dict, "optimizer": dict, "objective": dict, "epoch": int, "history": list, "args": dict}
+ENTRIES = {
+    "model": dict,  # states
+    "optimizer": dict,
+    "objective": dict,
+    "epoch": int,  # the last one that is done, from 0
+    "history": list,  # a record per epoch: the lines of metrics.jsonl
+    "args": dict,  # every flag
+    "data": dict,  # what the images are (data/__init__.py)
+    "starts": list,  # per start of the command: its first epoch, and the machine
+    "changes": list,  # flags that were changed on resume, by --allow_change
+    "test": (dict, type(None)),  # the test split's metrics and temperatures of a finished run with --val_split
+    "finished": bool,
+}
+STATES = ("model", "optimizer", "objective")
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a dict with ENTRIES.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomic(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -34,7 +59,7 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         _check_structure(checkpoint)
     except Exception as e:  # unpickling a foreign file can raise anything
-        raise UserError(f"{path} is not an intact checkpoint of this program ({first_line(e)})") from None
+        raise UserError(f"{path} is not a valid checkpoint ({first_line(e)})") from None
     return checkpoint
 
 
@@ -42,16 +67,17 @@ def _check_structure(checkpoint) -> None:
     """Raises an exception whose message says what is wrong with the structure of a checkpoint."""
     if not isinstance(checkpoint, dict):
         raise TypeError(f"it holds a {type(checkpoint).__name__}")
+    if "history" in checkpoint and "data" not in checkpoint:
+        raise ValueError("an older version wrote it, without a record of its images; train anew")
     for name, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind):
             raise TypeError(f"{name} is missing or of another type")
-    history, args = checkpoint["history"], checkpoint["args"]
-    json.dumps([history, args])  # plain values, as metrics.jsonl and config.json have
+    json.dumps([checkpoint[name] for name in ENTRIES if name not in STATES])  # plain values, as the exports need
+    history = checkpoint["history"]
     if len(history) != checkpoint["epoch"] + 1 or [r["epoch"] for r in history] != list(range(len(history))):
         raise ValueError("its history is not one record per epoch")
-    lists = [value for value in args.values() if isinstance(value, list)]
-    if not all(isinstance(number, int) for numbers in lists for number in numbers):
-        raise ValueError("its args are not this program's flags")
+    if not checkpoint["starts"]:
+        raise ValueError("it has no start")
 
 
 def load_states(checkpoint: dict, source, **owners) -> None:
@@ -62,23 +88,41 @@ def load_states(checkpoint: dict, source, **owners) -> None:
     Raises:
         UserError: a state has other names or shapes than what the flags built, or values that are not finite.
     """
+    optimizer = owners.get("optimizer")
+    initial = [p.detach().clone() for p in _parameters(optimizer)]
     for name, owner in owners.items():
-        state = checkpoint[name]
         try:
-            if name == "optimizer":
-                owner.load_state_dict({**owner.state_dict(), "state": state["state"]})
-                momentum = {p: entry["momentum_buffer"] for p, entry in owner.state.items()}
-                if not momentum or any(buffer.shape != p.shape for p, buffer in momentum.items()):
-                    raise ValueError("momentum is missing or of another shape")
-                tensors = momentum.values()
+            if owner is optimizer:
+                tensors = _load_momentum(optimizer, checkpoint[name], initial)
             else:
-                owner.load_state_dict(state)
+                owner.load_state_dict(checkpoint[name])
                 tensors = owner.state_dict().values()
             if not all(tensor.isfinite().all() for tensor in tensors):
                 raise ValueError("numbers that are not finite")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
             raise UserError(f"{source}: its {name} state does not match these flags ({reason})") from None
+
+
+def _parameters(optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+
+
+def _load_momentum(optimizer, state: dict, initial: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Load the optimiser's state and return its momentum; `initial` are the weights before the model's were loaded.
+
+    Only a weight that has never had a gradient, such as an untrained exit's, has no momentum: it is still as it was.
+    """
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    found = []
+    for p, untrained in zip(_parameters(optimizer), initial, strict=True):
+        momentum = optimizer.state[p].get("momentum_buffer")
+        if momentum is None and torch.allclose(p, untrained):
+            continue
+        if momentum is None or momentum.shape != p.shape or momentum.dtype != p.dtype:
+            raise ValueError("momentum is missing or of another shape or type")
+        found.append(momentum)
+    return found
 
 
 def find_checkpoint(path: Path) -> tuple[dict, Path, str]:

@@ -5,6 +5,7 @@ Every function also works, at no cost, in a single process.
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -55,6 +56,13 @@ def is_local_main() -> bool:
 def is_restart() -> bool:
     """True where torchrun (`--max_restarts`) has started these processes because earlier ones died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def launch_id() -> str | None:
+    """What torchrun's processes, restarted ones included, have in common and no other launch has; None without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()}"  # its parent is torchrun
 
 
 def local_device(name: str) -> torch.device:

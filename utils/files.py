@@ -66,15 +66,6 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """The content of a JSON file; empty where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
     """Write tensors as an .npz file."""
     buffer = io.BytesIO()

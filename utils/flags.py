@@ -19,7 +19,7 @@ from utils.machine import has_bf16_instructions
 RUNTIME_FLAGS = frozenset(
     (
         "data_path", "workers", "device", "compile", "cuda_graph", "experiments_dir", "run_name", "resume", "val_only",
-        "overwrite", "saveckp_freq", "save_predictions", "allow_end_epoch_change",
+        "overwrite", "saveckp_freq", "save_predictions", "allow_end_epoch_change", "allow_change",
     )
 )  # fmt: skip
 
@@ -101,6 +101,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--overwrite", help="start over, replacing what the run directory holds")
     flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
+    group.add_argument(
+        "--allow_change",
+        nargs="+",
+        default=[],
+        choices=["end_epoch", "precision", "processes"],
+        metavar="NAME",
+        help="let these differ on resume, and record it: end_epoch, precision, processes (default: none)",
+    )
     flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")
     number("--saveckp_freq", int, 0, 0, 10**9, "also keep a checkpoint every N epochs", "only last, previous and best")
     group.add_argument(
@@ -188,17 +196,6 @@ def _check_paths(fail, args: argparse.Namespace) -> None:
             fail(f"argument --{name}: {value!r} is not a directory")
     if args.resume is not None and not os.path.exists(args.resume):
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
-
-
-def to_argv(values: dict) -> list[str]:
-    """Flags by name -> the words of a command line."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
-    return words
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from utils import figures
 from utils.flags import RUNTIME_FLAGS
 from utils.metrics import METRICS
-from utils.records import results_table
+from utils.records import classifiers, results_table
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
-COLUMNS = [*(f"val/{name}" for name in METRICS), "ensemble/top1_error", "test/top1_error", "run/seconds"]
+COLUMNS = [*(f"final/{name}" for name in METRICS), "ensemble/top1_error", "test/top1_error", "run/seconds"]
 
 
 class Logger:
@@ -34,7 +34,8 @@ class Logger:
         # An OSError of TensorBoard's own thread is raised again by the next call: no traceback of the thread as well.
         print_traceback = threading.__excepthook__
         threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else print_traceback(args)
-        self._board = SummaryWriter(str(directory / "tensorboard"))
+        # TensorBoard names a run by its folder: the run's name, wherever it is started.
+        self._board = SummaryWriter(str(directory / "tensorboard" / directory.name))
 
     def info(self, text: str) -> None:
         """Print text and append it to experiment.log."""
@@ -55,11 +56,14 @@ class Logger:
                     means = meter.own_means(bar.n)  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
-    def start(self, flags: dict, loader, history: list[dict]) -> None:
-        """Before the first epoch of this command: the command line's flags, the records of earlier epochs, and images
-        of the training loader's current epoch."""
+    def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[dict]) -> None:
+        """Before the first epoch of this command: what is trained, warnings, the command line's flags, the records of
+        earlier epochs, and images of the training loader's current epoch."""
         if self.silent:
             return
+        self.info(headline)
+        for note in notes:
+            self.info(f"note: {note}")
         if not self._draws:
             self.info("note: no pictures in TensorBoard without matplotlib (pip install -r scripts/requirements.txt)")
         flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
@@ -74,11 +78,13 @@ class Logger:
         """After an epoch: its line of metrics.jsonl to TensorBoard, and a summary with the time left to the console."""
         self._write(record["epoch"], scalars(record))
         done = record["epoch"] + 1
+        parts = [f"{name} {value:.4f}" for name, value in record["train"].items() if name not in ("loss", "top1_error")]
+        loss = f"loss {record['train']['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
         seconds = record["seconds"] + record["seconds_validation"] + record["seconds_saving"]
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
         metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in METRICS.items()]
         self.info(
-            f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  loss {record['train']['loss']:.4f}"
+            f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  {loss}"
             f"  top-1 err {record['train']['top1_error']:.2f}  | val {'  '.join(metrics)}"
             f"  | {record['images_per_second']:.0f} img/s, {left} left"
         )
@@ -98,26 +104,25 @@ class Logger:
         self._log.close()
 
     def _write(self, epoch: int, values: dict[str, float], pictures=()) -> None:
-        """Scalars and (name, figure) pairs to TensorBoard. Raises OSError naming its directory."""
+        """Scalars and (name, figure) pairs to TensorBoard, whose epochs count from 1. Raises OSError naming its
+        directory."""
         if self.silent:
             return
         try:
             for name, value in values.items():
-                self._board.add_scalar(name, value, epoch)
+                self._board.add_scalar(name, value, epoch + 1)
             if self._draws:
                 for name, figure in pictures:
-                    self._board.add_figure(f"figures/{name}", figure, epoch)
+                    self._board.add_figure(f"figures/{name}", figure, epoch + 1)
             self._board.flush()
         except OSError as error:  # its own file name would be in bytes
             raise OSError(error.errno, error.strerror, self._board.log_dir) from None
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """A line of metrics.jsonl by TensorBoard's names: `train/…`, `val/…`, `exits/1/…`, `ensemble/…`, `run/…`."""
+    """A line of metrics.jsonl by TensorBoard's names: `train/…`, `exit 1/…`, `final/…`, `ensemble/…`, `run/…`."""
     values = {f"run/{name}": value for name, value in record.items() if isinstance(value, (int, float))}
-    groups = {name: record[name] for name in ("train", "val", "ensemble")}
-    groups |= {f"exits/{i}": metrics for i, metrics in enumerate(record["exits"], start=1)}
-    for group, metrics in groups.items():
-        for name, value in (metrics or {}).items():  # None: an exit whose classifier no loss trains, or no ensemble
+    for group, metrics in {"train": record["train"], **classifiers(record)}.items():
+        for name, value in metrics.items():
             values[f"{group}/{name}"] = value
     return values

@@ -1,11 +1,14 @@
 """The machine: random seeds, what the hardware can do, and the facts that a run records about it."""
 
 import functools
+import hashlib
 import platform
+import random
 import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 
@@ -13,18 +16,26 @@ import torchvision
 MACHINE_FACTS = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
 
 
-def set_up_torch(seed: int, device: torch.device, precision: str) -> None:
-    """Seed PyTorch and choose how float32 products are computed.
-
-    Nothing in a training step draws from the global generators (weights come from `build_model`'s own seed, order
-    and augmentation from the loader's), so seeding them is for code that a user adds.
-    """
-    torch.manual_seed(seed)
+def set_up_torch(device: torch.device, precision: str) -> None:
+    """Choose how float32 products are computed on a GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.benchmark = True  # few shapes, each used thousands of times
+
+
+def seed_generators(seed: int, epoch: int, process: int) -> None:
+    """Seed the global generators of torch, numpy and random for an epoch.
+
+    Nothing in this program draws from them (weights come from `build_model`'s own seed, order and augmentation from
+    the loader's). It is for code that a user adds: it resumes to the bit too, and each process draws its own numbers.
+    """
+    digest = hashlib.blake2b(f"{seed} {epoch} {process}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little")
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
 
 
 @functools.cache
@@ -35,7 +46,7 @@ def machine_facts(device: torch.device, processes: int = 1) -> dict:
     else:
         model = re.search(r"model name\s*: (.+)", _cpu_info())
         name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
-    versions = (platform.python_version(), torch.__version__, torchvision.__version__)
+    versions = (platform.python_version(), str(torch.__version__), torchvision.__version__)
     return dict(zip(MACHINE_FACTS, (*versions, name, processes, _git_commit()), strict=True))
 
 

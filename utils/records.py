@@ -1,6 +1,18 @@
-"""An epoch's record, as metrics.jsonl and results.json hold it: the best one, and the table of results."""
+"""An epoch's record, a line of metrics.jsonl: its classifiers by name, the best one, and the table of results."""
 
 from utils.metrics import METRICS
+
+
+def classifiers(record: dict) -> dict[str, dict]:
+    """The metrics of every classifier that a loss trains, by its name: `exit 1`, `exit 2`, ..., `final`, `ensemble`.
+
+    record: a line of metrics.jsonl, or a block of the test split. `val` there is the final classifier; an exit whose
+    classifier no loss trains is null, and so is the ensemble of one classifier.
+    """
+    named = {f"exit {i}": metrics for i, metrics in enumerate(record["exits"], start=1)}
+    named["final"] = record["val"]
+    named["ensemble"] = record.get("ensemble")
+    return {name: metrics for name, metrics in named.items() if metrics}
 
 
 def best_record(history: list[dict]) -> dict | None:
@@ -16,27 +28,33 @@ def results_table(results: dict) -> str:
     if results["last"] == results.get("best"):
         titles = {"last": "last and best epoch"}
     for name, title in titles.items():
-        if name in results:
-            rows += metric_rows(f"{title} ({results[name]['epoch'] + 1})", results[name])
-        if test := results.get("test", {}).get(name):
+        if name not in results:
+            continue
+        rows += metric_rows(f"{title} ({results[name]['epoch'] + 1})", results[name])
+        test = results.get("test", {}).get(name)
+        if test:
             rows += metric_rows(f"{title}, test split", test)
             rows += metric_rows(f"{title}, test split, after temperature scaling", test["calibrated"])
             if test["early_exit"]:
-                chosen = test["early_exit"]["chosen"]
-                share = 100 * chosen["multiply_adds"] / test["early_exit"]["backbone_multiply_adds"]
-                error = f"top-1 err {100 - chosen['accuracy']:.2f} % with {share:.0f} % of the backbone's multiply-adds"
-                rows.append(
-                    [f"  early exit at confidence {chosen['threshold']:.2f}, chosen on held-out images: {error}"]
-                )
-    return "\n".join(f"{label:14}" + "".join(f"{cell:>11}" for cell in cells) for label, *cells in rows)
+                rows.append([early_exit_line(test["early_exit"])])
+    lines = []
+    for label, *cells in rows:
+        lines.append(f"{label:14}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
 
 
 def metric_rows(title: str, record: dict) -> list[list[str]]:
     """Rows of a title and of each classifier that a loss trains."""
     rows = [[title]]
-    classifiers = {f"  exit {i}": metrics for i, metrics in enumerate(record["exits"], start=1)}
-    for label, metrics in {**classifiers, "  final": record["val"], "  ensemble": record.get("ensemble")}.items():
-        if metrics:
-            cells = [f"{metrics[name]:.{m.decimals}f}" if name in metrics else "-" for name, m in METRICS.items()]
-            rows.append([label, *cells])
+    for name, metrics in classifiers(record).items():
+        cells = [f"{metrics[key]:.{m.decimals}f}" if key in metrics else "-" for key, m in METRICS.items()]
+        rows.append([f"  {name}", *cells])
     return rows
+
+
+def early_exit_line(early_exit: dict) -> str:
+    """What early exit costs and errs at the chosen threshold."""
+    chosen = early_exit["chosen"]
+    share = 100 * chosen["multiply_adds"] / early_exit["backbone_multiply_adds"]
+    error = f"top-1 err {100 - chosen['accuracy']:.2f} % with {share:.0f} % of the backbone's MACs (multiply-adds)"
+    return f"  early exit at confidence {chosen['threshold']:.2f}, chosen on held-out images: {error}"

@@ -2,26 +2,25 @@
 
 import contextlib
 import fcntl
-import io
 import json
 import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from utils import distributed
-from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint
+from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, write_checkpoint
 from utils.errors import Interrupted, UserError
-from utils.files import link_atomic, read_json, write_atomic, write_json
+from utils.files import link_atomic, write_atomic
 from utils.flags import differences
 from utils.records import best_record
 
 # Beside checkpoints; what --overwrite removes.
 FILES = ("metrics.jsonl", "results.json", "config.json", "predictions.npz", "experiment.log", "val.json")
+TEMPORARY = re.compile(r"(checkpoint_\w+\.pth|[\w.]+\.jsonl?|predictions\.npz)\.[0-9a-f]{32}\.tmp")
 
 # Writing costs at most about a twentieth of the time, unless a write is too short to matter.
 SAVE_INTERVAL = 20  # times the duration of a write
@@ -31,8 +30,9 @@ SHORT_WRITE = 0.05  # seconds
 class RunDirectory:
     """`<experiments_dir>/<run_name>`, locked while the `with` block lasts; only rank 0 touches it.
 
-    A checkpoint holds the run's complete history: metrics.jsonl and results.json are written from it, after it, and
-    can neither be torn nor run ahead. On an exception, results.json gets the status "interrupted" or "failed".
+    A checkpoint is the complete run (utils/checkpoint.py). config.json, metrics.jsonl and results.json are exported
+    from it, after it: they can neither be torn nor run ahead, and are never read back. On an exception, results.json
+    gets the status "interrupted" or "failed".
     """
 
     def __init__(self, path: Path, flags: dict):
@@ -40,86 +40,115 @@ class RunDirectory:
         self.is_main = distributed.is_main()
         self.is_finished = False
         self.source: Path | None = None  # the checkpoint that the run continues from
+        self.history: list[dict] = []  # one record per epoch
         self.seconds_saving = 0.0  # of the last epoch's save; 0 if it was not saved
+        self._record = {"args": flags, "starts": [], "changes": [], "test": None, "finished": False}
+        self._has_begun = False
         self._lock = None
-        self._history: list[dict] | None = None  # None until the run has begun
         self._num_saved = 0  # epochs in LAST
+        self._lines: list[str] = []  # of metrics.jsonl, so that each record is serialised once
         self._write_seconds, self._saved_at = 0.0, 0.0
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self._history is not None and error is not None:
+        if self._has_begun and error is not None:
             status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            with contextlib.suppress(OSError, UserError):  # the error itself matters more than this file
-                self.write_records(self._history[: self._num_saved], status)
+            with contextlib.suppress(OSError, UserError):  # the error itself matters more than these files
+                self.export(status)
         if isinstance(error, Interrupted) and self.is_main:
-            what = "no epoch was saved; the same command starts over"
+            what = "nothing saved yet; rerunning starts from scratch"
             if self._num_saved:
                 again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
-                what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; {again} continues from there"
+                what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun {again} to resume"
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
         if self._lock is not None:
             self._lock.close()
 
     def open(self) -> dict | None:
-        """Decide where the run starts: the checkpoint to continue from, None to start over. Sets `is_finished` where
-        nothing is left to do. A new directory is made by `begin`, so that a run that cannot start leaves none behind.
+        """Decide where the run starts, and return the checkpoint to continue from, None to start from nothing.
+
+        1. --overwrite: from nothing; but a process that torchrun has restarted continues what its launch began.
+        2. A checkpoint here: from the newest intact one. With --resume, only if the run was started from that path.
+        3. No checkpoint here, --resume: from that checkpoint.
+        4. Neither: from nothing.
+        In 3 and 4 a directory with files of another run, or of something else, is refused; in 2 and 3, other flags.
+        `is_finished` says that the run has nothing left to do. A new directory is made by `begin`, so that a run that
+        cannot start leaves none behind.
 
         Raises:
             UserError: the directory is in use or cannot be written, or the checkpoint is damaged, foreign, or was
                 trained with other flags.
         """
-        checkpoint, self.is_finished = distributed.from_main(self._open)
+        checkpoint, self.source, self.is_finished = distributed.from_main(self._open)
+        if checkpoint is not None:
+            self.history = checkpoint["history"]
+            self._record |= {name: checkpoint[name] for name in ("data", "starts", "changes")}
+            if self.is_finished:
+                self._record |= {name: checkpoint[name] for name in ("args", "test", "finished")}
         return checkpoint
 
-    def _open(self) -> tuple[dict | None, bool]:
-        flags = self.flags
+    def _open(self) -> tuple[dict | None, Path | None, bool]:
         if self.path.exists():
             self._acquire_lock()
-        # What the processes before a restart saved must stay, if they had begun: config.json says so.
-        has_begun = distributed.is_restart() and read_json(self.path / "config.json").get("overwrite")
-        if flags["overwrite"] and not has_begun:
-            return None, False
-        exists = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
-        results = read_json(self.path / "results.json")
-        if not exists and flags["resume"] is None:
-            if results.get("epochs"):
-                raise UserError(
-                    f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
-                    " --overwrite to start over"
-                )
-            return None, False
-        checkpoint, self.source, note = find_checkpoint(self._find_source(exists))
-        self._check_flags(checkpoint)
-        done, wanted = checkpoint["epoch"] + 1, flags["end_epoch"]
-        self._num_saved = done if exists else 0
+        if self.flags["overwrite"] and not self._was_begun_by_this_launch():
+            return None, None, False
+        is_here = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
+        if not is_here:
+            self._check_is_unused()
+            if self.flags["resume"] is None:
+                return None, None, False
+        checkpoint, source, note = find_checkpoint(self.path if is_here else Path(self.flags["resume"]))
+        if is_here and self.flags["resume"] is not None:
+            self._check_origin(checkpoint)
+        self._check_flags(checkpoint, source)
+        done, wanted = len(checkpoint["history"]), self.flags["end_epoch"]
+        self._num_saved = done if is_here else 0
         if note:
             print(note)
-        is_finished = exists and done == results.get("epochs") == wanted and results.get("status") == "finished"
-        files = ["config.json", "metrics.jsonl", *(["predictions.npz"] if flags["save_predictions"] else [])]
-        if not all((self.path / file).exists() for file in files):  # they are written again
-            is_finished = False
-        if is_finished:
-            print(f"{self.path} is finished ({wanted} epochs); --overwrite starts over")
-        elif done < wanted:
-            print(f"continuing from {self.source}: {done} of {wanted} epochs are done")
-        return checkpoint, is_finished
+        lacks_predictions = self.flags["save_predictions"] and not (self.path / "predictions.npz").exists()
+        is_finished = is_here and done == wanted and checkpoint["finished"] and not lacks_predictions
+        if done < wanted:
+            print(f"continuing from {source}: {done} of {wanted} epochs are done")
+        return checkpoint, source, is_finished
 
-    def _find_source(self, exists: bool) -> Path:
-        """What the run continues from: this directory where it has a checkpoint, else the path of --resume."""
-        if self.flags["resume"] is None:
-            return self.path
+    def _was_begun_by_this_launch(self) -> bool:
+        """Whether the processes before a restart by torchrun had saved an epoch of this very launch."""
+        if not distributed.is_restart():
+            return False
+        try:
+            checkpoint, _, _ = find_checkpoint(self.path)
+        except UserError:
+            return False
+        return checkpoint["starts"][-1]["launch"] == distributed.launch_id()
+
+    def _check_is_unused(self) -> None:
+        """Raises UserError where a directory without a checkpoint holds what this run would overwrite or remove."""
+        if not self.path.exists():
+            return
+        metrics = self.path / "metrics.jsonl"
+        if metrics.is_file() and metrics.stat().st_size > 0:
+            raise UserError(
+                f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
+                " --overwrite to start over"
+            )
+        # What a run leaves that was stopped before its first save is none of these.
+        foreign = [*self.path.glob("checkpoint_*.pth"), *self.path.glob("predictions.npz")]
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} is not this run's: give another --run_name, or --overwrite to remove what is there"
+            )
+
+    def _check_origin(self, checkpoint: dict) -> None:
+        """Raises UserError where --resume names something else than this directory or what its run started from."""
         given = Path(self.flags["resume"])
         if (given if given.is_dir() else given.parent).resolve() == self.path.resolve():
             if given.is_file() and given.name != LAST:
                 raise UserError(f"{self.path} continues from its {LAST}: give another --run_name to start from {given}")
-            return self.path
-        if exists and read_json(self.path / "config.json").get("resume") != self.flags["resume"]:
+        elif checkpoint["args"].get("resume") != self.flags["resume"]:
             raise UserError(f"{self.path} holds a run that was not started from {given}: give another --run_name")
-        return self.path if exists else given
 
     def _acquire_lock(self) -> None:
         try:
@@ -144,25 +173,33 @@ class RunDirectory:
         if not is_own:
             raise UserError(f"{self.path} was renamed or its .lock removed during this run: nothing more is written")
 
-    def _check_flags(self, checkpoint: dict) -> None:
-        before, now = checkpoint["args"], self.flags
-        if now["allow_end_epoch_change"]:
-            now = now | {"end_epoch": before.get("end_epoch")}
-        if differ := differences(before, now):
+    def _check_flags(self, checkpoint: dict, source: Path) -> None:
+        """Raises UserError where flags or number of processes are not the checkpoint's; notes what was allowed to
+        change."""
+        before, now = dict(checkpoint["args"]), dict(self.flags)
+        before["processes"], now["processes"] = checkpoint["starts"][-1]["processes"], distributed.world_size()
+        done = len(checkpoint["history"])
+        for name in self.flags["allow_change"]:
+            if before.get(name) != now[name]:
+                change = {"epoch": done, "name": name, "before": before.get(name), "after": now[name]}
+                checkpoint["changes"].append(change)
+                before[name] = now[name]
+        differ = [line.replace("--processes", "processes") for line in differences(before, now)]
+        if differ:
             remedy = "give the same ones, another --run_name, or --overwrite to start over"
-            if any(flag.startswith("--end_epoch ") for flag in differ):
-                remedy += " (--allow_end_epoch_change lets --end_epoch differ, though PS-KD's alpha_t depends on it)"
-            raise UserError(f"{self.source} was trained with other flags: {', '.join(differ)}; {remedy}")
-        done = checkpoint["epoch"] + 1
+            raise UserError(
+                f"{source} was trained with other flags: {', '.join(differ)}; {remedy}{_permission(differ)}"
+            )
         if done > self.flags["end_epoch"]:
-            raise UserError(f"{self.source} has {done} epochs already, more than --end_epoch {self.flags['end_epoch']}")
+            raise UserError(f"{source} has {done} epochs already, more than --end_epoch {self.flags['end_epoch']}")
 
-    def begin(self, facts: dict, history: list[dict]) -> None:
+    def begin(self, facts: dict, data: dict, checkpoint: dict | None) -> None:
         """Write what is known before the first epoch; a new run removes an earlier one's files first.
 
         Args:
-            facts: what config.json holds beside the flags: `data`, and the machine's facts.
-            history: the records of the epochs that are done.
+            facts: of the machine (utils/machine.py).
+            data: the data record (data/__init__.py).
+            checkpoint: what `open` returned.
 
         Raises:
             UserError: the directory cannot be made, or another run has begun there.
@@ -172,70 +209,95 @@ class RunDirectory:
         if self._lock is None:
             self._acquire_lock()
             if (self.path / LAST).exists():
-                raise UserError(f"{self.path} was started by another command meanwhile; rerun this one to continue it")
+                raise UserError(f"{self.path} is now used by another run; rerun this command to continue it")
         self.check_lock()
-        starts = read_json(self.path / "config.json").get("starts", [])
-        if self.source is None:  # a new run
-            starts = []
-            for file in [*(self.path / name for name in FILES), *self.path.glob("checkpoint_*.pth")]:
-                file.unlink(missing_ok=True)
-        if len(history) < self.flags["end_epoch"]:
-            (self.path / "predictions.npz").unlink(missing_ok=True)  # of an earlier end
+        start = {"epoch": len(self.history), **facts, "launch": distributed.launch_id()}
+        self._record["data"] = data
+        self._record["starts"] = [*self._record["starts"], start]
+
+        unwanted = [file for file in self.path.iterdir() if TEMPORARY.fullmatch(file.name)]
         # Event files are rewritten from the history, so that no step is in them twice.
-        for file in [*self.path.glob("*.tmp"), *self.path.glob("tensorboard/events.out.tfevents.*")]:
-            file.unlink()
-        machine = {key: value for key, value in facts.items() if key != "data"}
-        starts.append({"epoch": len(history), **machine})
-        write_json(self.path / "config.json", {**self.flags, **facts, "starts": starts})
-        if self.source == self.path / PREVIOUS:
-            link_atomic(self.source, self.path / LAST)  # which the next save makes the previous one: it must be intact
-        elif self.source not in (None, self.path / LAST):
-            self._import_checkpoint(history)
-        self._history, self._num_saved = history, len(history)
-        self.write_records(history, "running")
+        unwanted += self.path.glob("tensorboard/**/events.out.tfevents.*")
+        if checkpoint is None:
+            unwanted += [self.path / name for name in FILES]
+            unwanted += self.path.glob("checkpoint_*.pth")
+        elif len(self.history) < self.flags["end_epoch"]:
+            unwanted.append(self.path / "predictions.npz")  # of an earlier end
+        for file in unwanted:
+            file.unlink(missing_ok=True)
 
-    def _import_checkpoint(self, history: list[dict]) -> None:
-        """Copy another directory's checkpoint, and the best one of its history if it is there."""
-        best = history[: best_record(history)["epoch"] + 1]
-        for file in (self.source, self.source.with_name(BEST)):
-            if file.exists() and find_checkpoint(file)[0]["history"] == best:
-                write_atomic(self.path / BEST, file.read_bytes())
-        write_atomic(self.path / LAST, self.source.read_bytes())
+        if checkpoint is not None:
+            if self.source != self.path / LAST:  # another directory's, or PREVIOUS, the last one being damaged
+                write_checkpoint(self.path / LAST, {**checkpoint, **self._record})
+            self._link_names()
+            self._check_best()
+        self._num_saved = len(self.history)
+        self._has_begun = True
+        self.export("running")
 
-    def save(self, make_states: Callable[[], dict], history: list[dict]) -> None:
-        """Save an epoch if it is the best or the last, or if the last save was long enough ago.
+    def _link_names(self) -> None:
+        """Give LAST the other names of its epoch: BEST, and that of --saveckp_freq."""
+        epoch, frequency = len(self.history) - 1, self.flags["saveckp_freq"]
+        if best_record(self.history)["epoch"] == epoch:
+            link_atomic(self.path / LAST, self.path / BEST)
+        if frequency > 0 and (epoch + 1) % frequency == 0:
+            link_atomic(self.path / LAST, self.path / f"checkpoint_epoch{epoch}.pth")
+
+    def _check_best(self) -> None:
+        """See that BEST is of this run's best epoch: copy it from where the run comes from, or remove another's."""
+        best = self.history[: best_record(self.history)["epoch"] + 1]
+        for file in (self.path / BEST, self.source.with_name(BEST)):
+            with contextlib.suppress(UserError):  # missing or damaged
+                if load_checkpoint(file)["history"] == best:
+                    if file.parent != self.path:
+                        write_atomic(self.path / BEST, file.read_bytes())
+                    return
+        (self.path / BEST).unlink(missing_ok=True)
+
+    def save(self, record: dict, make_states: Callable[[], dict]) -> None:
+        """Add an epoch's record, and save the epoch if it is the best or the last, or if the last save was long ago.
 
         LAST becomes PREVIOUS; BEST and the checkpoints of --saveckp_freq are links to the same file as LAST.
 
         Args:
             make_states: returns the entries `model`, `optimizer`, `objective`.
-            history: all records, this epoch's last.
         """
+        self.history.append(record)
         self.seconds_saving = 0.0
         self.check_lock()
-        epoch, frequency = history[-1]["epoch"], self.flags["saveckp_freq"]
-        names = [BEST] if best_record(history)["epoch"] == epoch else []
-        if frequency > 0 and (epoch + 1) % frequency == 0:
-            names.append(f"checkpoint_epoch{epoch}.pth")
+        done, frequency = len(self.history), self.flags["saveckp_freq"]
         start = time.perf_counter()
         is_due = self._write_seconds < SHORT_WRITE or start - self._saved_at > SAVE_INTERVAL * self._write_seconds
-        if not (names or is_due or epoch + 1 == self.flags["end_epoch"]):
+        is_named = best_record(self.history) is record or (frequency > 0 and done % frequency == 0)
+        if not (is_due or is_named or done == self.flags["end_epoch"]):
             return
         if (self.path / LAST).exists():
             link_atomic(self.path / LAST, self.path / PREVIOUS)
-        buffer = io.BytesIO()
-        torch.save({**make_states(), "epoch": epoch, "history": history, "args": self.flags}, buffer)
-        first, *others = [*names, LAST]
-        write_atomic(self.path / first, buffer.getbuffer())
-        for name in others:
-            link_atomic(self.path / first, self.path / name)
-        self._num_saved = len(history)
-        self.write_records(history, "running")
+        states = make_states()
+        write_checkpoint(self.path / LAST, {**states, **self._record, "epoch": done - 1, "history": self.history})
+        self._link_names()
+        self._num_saved = done
+        self.export("running")
         self._saved_at = time.perf_counter()
         self.seconds_saving = self._write_seconds = self._saved_at - start
 
-    def write_records(self, history: list[dict], status: str, test: dict | None = None) -> dict:
-        """Write metrics.jsonl and results.json; return the content of the latter."""
+    def finish(self, test: dict | None) -> None:
+        """Add the test block to BEST and LAST, and mark the run as finished: nothing more is done for it."""
+        self.check_lock()
+        self._record |= {"test": test, "finished": True}
+        last = load_checkpoint(self.path / LAST)
+        if (self.path / BEST).exists() and not os.path.samefile(self.path / BEST, self.path / LAST):
+            best = load_checkpoint(self.path / BEST)
+            write_checkpoint(self.path / BEST, {**best, "test": test})
+            write_checkpoint(self.path / LAST, {**last, **self._record})
+        else:
+            write_checkpoint(self.path / BEST, {**last, **self._record})
+            link_atomic(self.path / BEST, self.path / LAST)
+        self.export("finished")
+
+    def results(self, status: str, test: dict | None) -> dict:
+        """The content of results.json."""
+        history = self.history[: self._num_saved]
         seconds = [r["seconds"] + r.get("seconds_validation", 0) + r.get("seconds_saving", 0) for r in history]
         results = {
             "status": status,
@@ -245,9 +307,36 @@ class RunDirectory:
             "last": history[-1] if history else None,
             "best": best_record(history),
         }
-        if test is not None:
-            results["test"] = test
+        return results if test is None else results | {"test": test}
+
+    def export(self, status: str) -> None:
+        """Write config.json, metrics.jsonl and results.json where they are missing or differ.
+
+        results.json comes last when the run is finished, else first: so that a status of "finished" never stands
+        beside other files than the finished run's.
+        """
+        if not self.is_main:
+            return
         self.check_lock()
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history).encode())
-        write_json(self.path / "results.json", results)
-        return results
+        self._lines += [json.dumps(record) + "\n" for record in self.history[len(self._lines) : self._num_saved]]
+        record = self._record
+        starts = [{name: start[name] for name in start if name != "launch"} for start in record["starts"]]
+        environment = {name: value for name, value in starts[-1].items() if name != "epoch"}
+        origin = {"data": record["data"], "starts": starts, "changes": record["changes"]}
+        contents = {
+            "results.json": json.dumps(self.results(status, record["test"]), indent=1) + "\n",
+            "metrics.jsonl": "".join(self._lines),
+            "config.json": json.dumps({**record["args"], **environment, **origin}, indent=1) + "\n",
+        }
+        names = reversed(contents) if status == "finished" else contents
+        for name in names:
+            file, content = self.path / name, contents[name].encode()
+            if not (file.is_file() and file.read_bytes() == content):
+                write_atomic(file, content)
+
+
+def _permission(differ: list[str]) -> str:
+    """How to let changes be that may be allowed; empty where there are none among them."""
+    names = [line.split()[0].removeprefix("--") for line in differ]
+    names = [name for name in names if name in ("end_epoch", "precision", "processes")]
+    return f" (--allow_change {' '.join(names)} continues all the same and records it)" if names else ""

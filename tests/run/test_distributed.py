@@ -157,13 +157,18 @@ def test_a_restart_continues_from_the_checkpoint_though_overwrite_was_given(fini
     assert bits(read_records(tmp_path / "run")) == bits(read_records(finished))
 
 
-def test_a_death_ends_the_run_and_fewer_processes_continue(tmp_path):
+def test_after_a_death_fewer_processes_continue_only_by_permission(tmp_path, capsys):
     with pytest.raises(ChildFailedError):
         launch(3, tmp_path / "logs", work, tmp_path / "run", 2, "--val_split", "0.25")
     assert read(tmp_path / "run")["epochs"] == 1
-    work(tmp_path / "run", None, "--val_split", "0.25")
+    with pytest.raises(SystemExit):
+        work(tmp_path / "run", None, "--val_split", "0.25")
+    assert "processes 3 -> 1" in capsys.readouterr().err
+    work(tmp_path / "run", None, "--val_split", "0.25", "--allow_change", "processes")
     assert read(tmp_path / "run")["status"] == "finished" and read(tmp_path / "run")["test"]["last"]["epoch"] == 2
     assert [start["processes"] for start in read(tmp_path / "run", "config.json")["starts"]] == [3, 1]
+    change = {"epoch": 1, "name": "processes", "before": 3, "after": 1}
+    assert read(tmp_path / "run", "config.json")["changes"] == [change]
 
 
 def disagree(directory: Path, word: str, *words: str) -> None:

@@ -47,33 +47,34 @@ class FakeLoader:
 def log_run(directory):
     """Log a run of three epochs, the first of which comes from a checkpoint; return its events."""
     log = Logger(directory, 3)
-    log.start(FLAGS, FakeLoader(), [record(0, 30.0)])
+    log.start("run: resnet18", ["slow"], FLAGS, FakeLoader(), [record(0, 30.0)])
     log.epoch(record(1, 18.0))
     log.epoch(record(2, 20.0))
     log.finish(RESULTS, LOGITS, LABELS, FakeLoader())
     log.close()
-    return EventAccumulator(str(directory / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    return EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0, "images": 0}).Reload()
 
 
 @pytest.mark.filterwarnings("error:Glyph")
 def test_event_file_and_console(tmp_path, capsys):
     events = log_run(tmp_path)
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    top1 = {"val": [30, 18, 20], "exits/2": [35, 23, 25], "ensemble": [29, 17, 19], "train": [60, 60, 60]}
+    top1 = {"final": [30, 18, 20], "exit 2": [35, 23, 25], "ensemble": [29, 17, 19], "train": [60, 60, 60]}
     for tag, values in {**{f"{k}/top1_error": v for k, v in top1.items()}, "train/hint": [0.25] * 3}.items():
-        assert found[tag] == list(enumerate(values))
-    assert found["test/top1_error"] == [(2, 25)] and found["run/images_per_second"] == [(t, 99) for t in range(3)]
-    assert not {"run/alpha_t", "exits/1/nll"} & found.keys()
+        assert found[tag] == list(enumerate(values, start=1))
+    assert found["test/top1_error"] == [(3, 25)] and found["run/images_per_second"] == [(t, 99) for t in (1, 2, 3)]
+    assert not {"run/alpha_t", "exit 1/nll"} & found.keys()
     assert set(events.Tags()["images"]) == {"figures/training_images", "figures/predictions", "figures/mistakes"}
     out = capsys.readouterr().out
     assert (tmp_path / "experiment.log").read_text() == out
+    assert out.startswith("run: resnet18\nnote: slow\n")
     assert [f"epoch {t}/3" in out for t in (1, 2, 3)] == [False, True, True] and "0:00:03 left" in out
     hparams = {name: HParamsPluginData.FromString(c) for name, c in events.PluginTagToContent("hparams").items()}
     flags = hparams["_hparams_/session_start_info"].session_start_info.hparams
     shown = {name: value.string_value or value.number_value for name, value in flags.items()}
     assert shown == {"lr": 0.1, "a_method": "True", "lr_decay_schedule": "[5, 7]", "limit_val": "None"}
     columns = {column.name.tag for column in hparams["_hparams_/experiment"].experiment.metric_infos}
-    assert {"val/nll", "ensemble/top1_error", "test/top1_error"} <= columns <= found.keys()
+    assert {"final/nll", "ensemble/top1_error", "test/top1_error"} <= columns <= found.keys()
 
 
 def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
@@ -87,12 +88,13 @@ def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path, monkeypatc
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     log = Logger(tmp_path, 3)
     shutil.rmtree(tmp_path / "tensorboard")
-    thread = threading.Thread(target=(tmp_path / "tensorboard" / "x").touch)  # as TensorBoard's own, which is slower
+    lost = tmp_path / "tensorboard" / tmp_path.name / "x"
+    thread = threading.Thread(target=lost.touch)  # as TensorBoard's own, which is slower
     thread.start()
     thread.join()
     with pytest.raises(OSError) as error:
         log.epoch(record(0, 30.0))
-    assert error.value.filename == str(tmp_path / "tensorboard") and not tracebacks
+    assert error.value.filename == str(tmp_path / "tensorboard" / tmp_path.name) and not tracebacks
 
 
 def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):

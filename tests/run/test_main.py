@@ -97,6 +97,8 @@ def test_val_only_takes_flags_from_the_checkpoint_and_writes_val_json_only(folde
     written = folders / "experiments" / "val_only" / "val.json"
     found = json.loads(written.read_text())
     assert found.pop("checkpoint") == str(folders / "run" / "checkpoint_last.pth")
+    recorded = read(folders / "run", "config.json")["data"]["splits"]["val"]
+    assert found.pop("images") == found.pop("images_of_the_run") == recorded
     assert found == {key: last[key] for key in ("epoch", "val", "exits", "ensemble")}
     assert files(folders).keys() - before.keys() == {written} and files(folders).items() >= before.items()
     (folders / "photos").rename(folders / "moved")
@@ -121,6 +123,16 @@ def test_val_only_on_a_directory_of_runs_goes_past_bad_ones(folders, monkeypatch
     monkeypatch.chdir(folders)
     assert val_only(folders / "runs", folders / "all") == 1
     error = one_line(capsys)
-    named = ("7 of 8", "a: a mistake", "b/", "not finite", "'-5'", "--image_size", "'four'", "new/train", "g/")
+    named = (
+        "7 of 8",
+        "a: a mistake",
+        "b/",
+        "not finite",
+        "--width: -5",
+        "--image_size",
+        "e: manual_seed",
+        "new/train",
+        "g/",
+    )
     assert all(words in error for words in named), error
     assert read(folders / "all", "val.json").keys() == {str(folders / "runs" / "h")} and not (folders / "new").exists()

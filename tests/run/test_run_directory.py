@@ -14,7 +14,7 @@ import torch
 from helpers import SMALL, before_step, bits, content, files, one_line, read, read_records, run, train
 
 import main
-from utils import run_directory
+from utils import checkpoint, run_directory
 from utils.checkpoint import BEST, LAST, PREVIOUS
 
 STEPS = 2  # per epoch
@@ -45,8 +45,8 @@ def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, finished, tmp_
     interrupt(monkeypatch, epoch, number)
     assert train(tmp_path / "run") == (128 + number if number else 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, DISK)
-    kept = f"interrupted: {epoch} epoch(s) are saved" if epoch else "no epoch was saved; the same command starts over"
-    assert (kept if number else "checkpoint_best.pth cannot be written (File too large)") in capsys.readouterr().err
+    kept = f"interrupted: {epoch} epoch(s) are saved" if epoch else "nothing saved yet; rerunning starts from scratch"
+    assert (kept if number else "checkpoint_last.pth cannot be written (File too large)") in capsys.readouterr().err
     assert read(tmp_path / "run")["status"] == ("interrupted" if number else "failed")
     assert len(read_records(tmp_path / "run")) == epoch and train(tmp_path / "run") == 0
     assert content(tmp_path / "run") == content(finished)
@@ -127,22 +127,22 @@ EPOCHS = [  # top-1 error, seconds of the epoch, seconds that a write would take
 
 
 def test_epochs_are_saved_by_what_saving_costs_and_records_never_run_ahead(finished, tmp_path, monkeypatch):
-    now, history, write = [0.0], [], run_directory.write_atomic
+    now, history, write = [0.0], [], checkpoint.write_atomic
 
     def slow(path, data):
         now[0] += EPOCHS[len(history) - 1][2] if path.suffix == ".pth" else 0
         write(path, data)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(run_directory, "write_atomic", slow)
+    monkeypatch.setattr(checkpoint, "write_atomic", slow)
     flags = vars(main.parse_args([*SMALL.split(), "--end_epoch", str(len(EPOCHS))]))
     with run_directory.RunDirectory(tmp_path / "run", flags) as directory:
         directory.open()
-        directory.begin({"data": {}}, [])
+        directory.begin({}, {}, None)
         for epoch, (error, seconds, writing, is_saved) in enumerate(EPOCHS):
             now[0] += seconds
             history.append({**read_records(finished)[0], "epoch": epoch, "val": {"top1_error": error}})
-            directory.save(lambda: {"model": {}}, history)
+            directory.save(history[-1], lambda: {"model": {}})
             saved = torch.load(directory.path / LAST, weights_only=True)["history"]
             assert saved == read_records(directory.path) == history[: epoch + is_saved]
             assert directory.seconds_saving == pytest.approx(writing if is_saved else 0)

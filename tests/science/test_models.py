@@ -10,9 +10,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import data
 import main
 from data import synthetic
 from models import ALIASES, MODELS, build_model, load_run
+from models.exits import PatchConv2d
+from utils.checkpoint import load_checkpoint, write_checkpoint
 from utils.errors import UserError
 
 TORCHVISION = {"wideresnet50": "wide_resnet50_2", "wideresnet101": "wide_resnet101_2"}  # where names differ
@@ -98,6 +101,22 @@ def test_narrow_shortcuts_are_the_strided_convolution():
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), [x, conv.weight]) for y in results))
 
 
+@pytest.mark.parametrize("size", [(8, 16), (9, 15), (4, 7)])  # without and with a remainder
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_patch_convolutions_are_the_strided_convolution(kernel, size):
+    torch.manual_seed(0)
+    conv, x = PatchConv2d(3, 5, kernel, kernel).double(), torch.randn(2, 3, *size).double().requires_grad_()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        conv.to(memory_format=memory_format)
+        results = conv(x.contiguous(memory_format=memory_format)), F.conv2d(x, conv.weight, conv.bias, kernel)
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in results)
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv.float()(x.float()).dtype == torch.bfloat16
+
+
 @EACH_KIND_OF_EXIT
 @pytest.mark.parametrize("num, bf16", [(1, False), (1, True), (7, False), (7, True)])
 def test_predict_early_at_extreme_thresholds_equals_forward_to_the_bit(name, num, bf16):
@@ -168,11 +187,9 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "TRAIN_PER_CLASS", 20)
         assert main.main([*words.split(), "--experiments_dir", str(run.parent), "--run_name", "run"]) == 0
-        _, val = main.build_loaders(main.parse_args(words.split()), "cpu")
-    (run / "checkpoint_previous.pth").replace(run / "checkpoint_best.pth")
-    results = json.loads((run / "results.json").read_text())
-    results["test"]["best"] = {"temperatures": [None, 2.0, 3.0, 4.0]}
-    (run / "results.json").write_text(json.dumps(results))
+        _, val = data.build_loaders(main.parse_args(words.split()), "cpu")
+    best = load_checkpoint(run / "checkpoint_previous.pth")
+    write_checkpoint(run / "checkpoint_best.pth", best | {"test": {"best": {"temperatures": [None, 2.0, 3.0, 4.0]}}})
     return run, val
 
 
@@ -189,15 +206,19 @@ def test_load_run_gives_the_trained_network_and_what_is_needed_to_use_it(run):
     assert model.temperatures == info["temperatures"] == fitted and [t is None for t in fitted] == [True] + [False] * 3
     best, info = load_run(str(run), "best")
     assert best.temperatures == [None, 2.0, 3.0, 4.0] and info["epoch"] == 0 and (best.fc.bias != model.fc.bias).any()
-    results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps(results | {"test": None}))  # as without --val_split
+    last = load_checkpoint(run / "checkpoint_last.pth")
+    write_checkpoint(run / "checkpoint_last.pth", last | {"test": None})  # as without --val_split
     model, info = load_run(run)
+    write_checkpoint(run / "checkpoint_last.pth", last)
     assert info["temperatures"] is None and model.temperatures == [None, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("file", ["checkpoint_last.pth", "config.json", "results.json"])
-def test_load_run_names_the_file_that_is_missing_or_damaged(run, file):
-    path, content = run[0] / file, (run[0] / file).read_bytes()
+def test_load_run_reads_the_checkpoint_alone_and_names_it_when_missing_or_damaged(run):
+    for export in ("config.json", "results.json"):
+        (run[0] / export).unlink()
+    path = run[0] / "checkpoint_last.pth"
+    content = path.read_bytes()
+    load_run(run[0])
     for damaged in (None, b"", b"[]", content[: len(content) // 2]):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(UserError) as caught:
