@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from utils import figures
 from utils.flags import RUNTIME_FLAGS
-from utils.metrics import METRICS
+from utils.metrics import SHOWN, shown_metrics
 from utils.records import results_table
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
-COLUMNS = [*(f"val/{name}" for name in METRICS), "ensemble/top1_error", "test/top1_error", "run/seconds"]
+COLUMNS = [*(f"val/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
 
 
 class Logger:
@@ -76,7 +76,7 @@ class Logger:
         done = record["epoch"] + 1
         seconds = record["seconds"] + record["seconds_validation"] + record["seconds_saving"]
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
-        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in METRICS.items()]
+        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
         self.info(
             f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  loss {record['train']['loss']:.4f}"
             f"  top-1 err {record['train']['top1_error']:.2f}  | val {'  '.join(metrics)}"
@@ -89,7 +89,7 @@ class Logger:
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
         test = results["test"]["last"]["val"] if "test" in results else {}
-        values = {f"test/{name}": value for name, value in test.items()}
+        values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
         self.info(results_table(results))
 
@@ -118,6 +118,7 @@ def scalars(record: dict) -> dict[str, float]:
     groups = {name: record[name] for name in ("train", "val", "ensemble")}
     groups |= {f"exits/{i}": metrics for i, metrics in enumerate(record["exits"], start=1)}
     for group, metrics in groups.items():
-        for name, value in (metrics or {}).items():  # None: an exit whose classifier no loss trains, or no ensemble
+        metrics = metrics or {}  # None: an exit whose classifier no loss trains, or no ensemble
+        for name, value in shown_metrics(metrics).items():
             values[f"{group}/{name}"] = value
     return values

@@ -1,6 +1,6 @@
 """An epoch's record, as metrics.jsonl and results.json hold it: the best one, and the table of results."""
 
-from utils.metrics import METRICS
+from utils.metrics import SHOWN
 
 
 def best_record(history: list[dict]) -> dict | None:
@@ -11,7 +11,7 @@ def best_record(history: list[dict]) -> dict | None:
 def results_table(results: dict) -> str:
     """Each classifier's metrics in the last and the best epoch, and on the test split, if there is one, as they are,
     after temperature scaling, and with early exit."""
-    rows = [["", *(m.heading for m in METRICS.values())], ["", *(m.unit for m in METRICS.values())]]
+    rows = [["", *(m.heading for m in SHOWN.values())], ["", *(m.unit for m in SHOWN.values())]]
     titles = {"last": "last epoch", "best": "best epoch"}
     if results["last"] == results.get("best"):
         titles = {"last": "last and best epoch"}
@@ -37,6 +37,6 @@ def metric_rows(title: str, record: dict) -> list[list[str]]:
     classifiers = {f"  exit {i}": metrics for i, metrics in enumerate(record["exits"], start=1)}
     for label, metrics in {**classifiers, "  final": record["val"], "  ensemble": record.get("ensemble")}.items():
         if metrics:
-            cells = [f"{metrics[name]:.{m.decimals}f}" if name in metrics else "-" for name, m in METRICS.items()]
+            cells = [f"{metrics[name]:.{m.decimals}f}" if name in metrics else "-" for name, m in SHOWN.items()]
             rows.append([label, *cells])
     return rows
