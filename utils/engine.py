@@ -36,9 +36,11 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device = device
         self.names: list[str] | None = None
-        self.sums: Tensor | None = None  # (parts + 1,) float64
+        self.sums: Tensor | None = None  # (parts,) float64
+        self.num_wrong = torch.zeros((), dtype=torch.int64, device=device)
 
     def reset(self) -> None:
+        self.num_wrong.zero_()
         if self.sums is not None:
             self.sums.zero_()
 
@@ -47,20 +49,22 @@ class Meter:
         in the batch over all processes."""
         if self.sums is None:
             self.names = list(parts)
-            self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=self.device)
-        wrong = (logits.argmax(dim=1) != labels).sum()
+            self.sums = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         # A part's mean over processes is the global batch's (loss/objective.py); wrong predictions just add up.
-        weight = batch_size / distributed.world_size()
-        self.sums += torch.stack([*(weight * part.double() for part in parts.values()), wrong.double()])
+        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / distributed.world_size())
+        self.num_wrong += (logits.argmax(dim=1) != labels).sum()
 
     def means(self, num_images: int) -> dict[str, float]:
         """`loss`, each of its parts, and `top1_error` (%) over the epoch. Waits for the device and for the other
         processes."""
-        return self._means(distributed.all_reduce_sum_(self.sums.clone()), num_images)
+        return self._means(distributed.all_reduce_sum_(self._all_sums()), num_images)
 
     def own_means(self, num_images: int) -> dict[str, float]:
         """An estimate of `means` after `num_images` images, from this process's shard alone."""
-        return self._means(self.sums * distributed.world_size(), num_images)
+        return self._means(self._all_sums() * distributed.world_size(), num_images)
+
+    def _all_sums(self) -> Tensor:
+        return torch.cat([self.sums, self.num_wrong.double()[None]])
 
     def _means(self, sums: Tensor, num_images: int) -> dict[str, float]:
         *parts, wrong = (sums / num_images).tolist()
