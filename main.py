@@ -31,6 +31,7 @@ from utils.errors import Interrupted, UserError, describe_error, first_line, sig
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import machine_facts, seed_generators, set_up_torch
+from utils.metrics import NonFiniteError
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
@@ -230,7 +231,7 @@ def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dic
     """`evaluate`, with an error for the user where a logit is not finite."""
     try:
         return evaluate(logits, labels, trained_exits(args))
-    except ValueError:
+    except NonFiniteError:
         raise not_finite("a logit", epoch, args) from None
 
 

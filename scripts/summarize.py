@@ -20,12 +20,12 @@ sys.path.insert(0, str(ROOT))
 from loss import METHODS
 from main import RUNTIME_FLAGS, default_args
 from utils.machine import MACHINE_FACTS
-from utils.metrics import METRICS
+from utils.metrics import SHOWN
 
 # Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
 NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, "starts", "data", "seed", "classifier_type", *METHODS}
 COLUMNS = {  # heading, decimals
-    **{name: (f"{metric.heading} ({metric.unit})", metric.decimals) for name, metric in METRICS.items()},
+    **{name: (f"{metric.heading} ({metric.unit})", metric.decimals) for name, metric in SHOWN.items()},
     "ece_after_T": ("ECE after T (%)", 2),  # T: each classifier's temperature, fitted on held-out images
     "early_exit": ("early exit (% MACs)", 1),  # for the final accuracy less 0.5 points; 100 is the backbone
     "seconds_per_epoch": ("s/epoch", 1),

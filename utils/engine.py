@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.metrics import classification_metrics
+from utils.metrics import all_metrics, per_sample, rows_per_chunk
 
 
 def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
@@ -36,9 +36,11 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device = device
         self.names: list[str] | None = None
-        self.sums: Tensor | None = None  # (parts + 1,) float64
+        self.sums: Tensor | None = None  # (parts,) float64
+        self.num_wrong = torch.zeros((), dtype=torch.int64, device=device)
 
     def reset(self) -> None:
+        self.num_wrong.zero_()
         if self.sums is not None:
             self.sums.zero_()
 
@@ -47,20 +49,22 @@ class Meter:
         in the batch over all processes."""
         if self.sums is None:
             self.names = list(parts)
-            self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=self.device)
-        wrong = (logits.argmax(dim=1) != labels).sum()
+            self.sums = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         # A part's mean over processes is the global batch's (loss/objective.py); wrong predictions just add up.
-        weight = batch_size / distributed.world_size()
-        self.sums += torch.stack([*(weight * part.double() for part in parts.values()), wrong.double()])
+        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / distributed.world_size())
+        self.num_wrong += (logits.argmax(dim=1) != labels).sum()
 
     def means(self, num_images: int) -> dict[str, float]:
         """`loss`, each of its parts, and `top1_error` (%) over the epoch. Waits for the device and for the other
         processes."""
-        return self._means(distributed.all_reduce_sum_(self.sums.clone()), num_images)
+        return self._means(distributed.all_reduce_sum_(self._all_sums()), num_images)
 
     def own_means(self, num_images: int) -> dict[str, float]:
         """An estimate of `means` after `num_images` images, from this process's shard alone."""
-        return self._means(self.sums * distributed.world_size(), num_images)
+        return self._means(self._all_sums() * distributed.world_size(), num_images)
+
+    def _all_sums(self) -> Tensor:
+        return torch.cat([self.sums, self.num_wrong.double()[None]])
 
     def _means(self, sums: Tensor, num_images: int) -> dict[str, float]:
         *parts, wrong = (sums / num_images).tolist()
@@ -156,21 +160,37 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
         trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
 
     Returns:
-        `val`: the final classifier's metrics; `exits`: each exit's, None for an untrained one; `ensemble`: those of
-        the mean of all trained classifiers' probabilities, None with one classifier.
+        `val`: the final classifier's metrics, those of `utils.metrics.METRICS`; `exits`: each exit's, None for an
+        untrained one; `ensemble`: those of the mean of all trained classifiers' probabilities, None with one
+        classifier.
 
     Raises:
-        ValueError: logits that are not finite.
+        NonFiniteError: logits that are not finite.
     """
     *exits, final = logits
-    metrics = [classification_metrics(e, labels) if ok else None for e, ok in zip(exits, trained_exits, strict=True)]
-    ensemble = None
-    if any(trained_exits):
-        members = logits[[*trained_exits, True]]
-        # log of the sum of probabilities, which the softmax of the metrics normalises; in logs, so that nothing
-        # underflows to an infinite NLL
-        ensemble = classification_metrics(members.double().log_softmax(dim=2).logsumexp(dim=0), labels)
-    return {"val": classification_metrics(final, labels), "exits": metrics, "ensemble": ensemble}
+    trained = [e for e, is_trained in zip(exits, trained_exits, strict=True) if is_trained]
+    classifiers = [*trained, final]
+    if trained:
+        classifiers.append(ensemble_logits(classifiers))
+    samples = torch.stack([per_sample(z, labels) for z in classifiers])
+    metrics = [all_metrics(of_classifier) for of_classifier in samples.cpu()]
+
+    ensemble = metrics.pop() if trained else None
+    val = metrics.pop()
+    of_exits = iter(metrics)
+    return {"val": val, "exits": [next(of_exits) if ok else None for ok in trained_exits], "ensemble": ensemble}
+
+
+def ensemble_logits(members: list[Tensor]) -> Tensor:
+    """Logits whose softmax is the mean of the members' probabilities: (M, K) each -> (M, K) float64."""
+    rows = rows_per_chunk(members[0].shape[1])
+    chunks = []
+    for chunk in zip(*(logits.split(rows) for logits in members), strict=True):
+        # log of the sum of probabilities, which softmax normalises; in logs, so that nothing underflows to an
+        # infinite NLL
+        log_probabilities = torch.stack(chunk).double().log_softmax(dim=2)
+        chunks.append(log_probabilities.logsumexp(dim=0))
+    return torch.cat(chunks)
 
 
 def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
+from utils.metrics import confidence_and_error, reliability, risk_coverage_curve
 
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.color": "#dddddd", "lines.markersize": 4,
@@ -42,7 +42,7 @@ def mean_band(axis, x, curves: np.ndarray, markevery=0.25, **line) -> None:
 def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) -> None:
     """Accuracy against mean confidence in each bin of confidence, means over the runs, without bins empty in a run.
 
-    predictions: a run's confidence (M,) and wrong (M,), as `utils.metrics.confidence_and_wrong` returns them.
+    predictions: a run's confidence (M,) and error (M,), as `utils.metrics.confidence_and_error` returns them.
     """
     sums = torch.stack([torch.stack(reliability(*run)) for run in predictions], dim=1).numpy()  # (3, runs, bins)
     samples, confidence, correct = sums[:, :, (sums[0] > 0).all(axis=0)]
@@ -88,16 +88,16 @@ def training_images(loader):
 
 def predictions(logits: Tensor, labels: Tensor, loader):
     """Yield (name, figure): curves of logits (M, K) with labels (M,), and the loader's images of 32 mistakes."""
-    confidence, wrong = confidence_and_wrong(logits, labels)
+    confidence, error = confidence_and_error(logits, labels)
     with drawing() as Figure:
         figure = Figure(figsize=(9, 4.5))
         left, right = figure.subplots(1, 2)
-        reliability_diagram(left, [(confidence, wrong)], color="#0072b2")
-        risk_coverage(right, [(confidence, wrong)], color="#0072b2")
+        reliability_diagram(left, [(confidence, error)], color="#0072b2")
+        risk_coverage(right, [(confidence, error)], color="#0072b2")
         yield "predictions", figure
 
         captions = []
-        mistakes = (confidence * wrong).argsort(descending=True)[: min(32, int(wrong.sum()))]
+        mistakes = (confidence * error).argsort(descending=True)[: min(32, int(error.sum()))]
         for i in mistakes.tolist():
             true, predicted = loader.class_names[labels[i]], loader.class_names[logits[i].argmax()]
             captions.append([true, predicted, f"{100 * confidence[i]:.1f} %"])

@@ -13,11 +13,11 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
-from utils.metrics import METRICS
+from utils.metrics import SHOWN, shown_metrics
 from utils.records import classifiers, results_table
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
-COLUMNS = [*(f"final/{name}" for name in METRICS), "ensemble/top1_error", "test/top1_error", "run/seconds"]
+COLUMNS = [*(f"final/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
 
 
 class Logger:
@@ -80,7 +80,7 @@ class Logger:
         loss = f"loss {record['train']['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
         seconds = record["seconds"] + record["seconds_validation"] + record["seconds_saving"]
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
-        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in METRICS.items()]
+        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
         self.info(
             f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  {loss}"
             f"  top-1 err {record['train']['top1_error']:.2f}  | val {'  '.join(metrics)}"
@@ -93,7 +93,7 @@ class Logger:
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
         test = results["test"]["last"]["val"] if "test" in results else {}
-        values = {f"test/{name}": value for name, value in test.items()}
+        values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
         self.info(results_table(results))
 
@@ -121,6 +121,6 @@ def scalars(record: dict) -> dict[str, float]:
     """A line of metrics.jsonl by TensorBoard's names: `train/…`, `exit 1/…`, `final/…`, `ensemble/…`, `run/…`."""
     values = {f"run/{name}": value for name, value in record.items() if isinstance(value, (int, float))}
     for group, metrics in {"train": record["train"], **classifiers(record)}.items():
-        for name, value in metrics.items():
+        for name, value in shown_metrics(metrics).items():
             values[f"{group}/{name}"] = value
     return values

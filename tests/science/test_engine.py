@@ -9,8 +9,8 @@ import torch
 from loss import build_objective
 from main import parse_args
 from models import build_model
-from utils import distributed, engine
-from utils.metrics import classification_metrics
+from utils import distributed, engine, metrics
+from utils.metrics import METRICS, NonFiniteError, classification_metrics, extended_metrics
 
 
 class Batches:
@@ -101,18 +101,40 @@ LOGITS, LABELS = torch.tensor(CLASSIFIERS, dtype=torch.float64).log(), torch.ten
 
 def test_evaluate_gives_metrics_of_trained_classifiers_and_of_their_mean_probability():
     record = engine.evaluate(LOGITS, LABELS, [True, True])
-    assert record["val"] == classification_metrics(LOGITS[2], LABELS)
-    assert record["exits"] == [classification_metrics(LOGITS[i], LABELS) for i in range(2)]
+    expected = [classification_metrics(z, LABELS) | extended_metrics(z, LABELS) for z in LOGITS]
+    assert record["val"] == expected[2]
+    assert record["exits"] == expected[:2]
+    assert record["ensemble"].keys() == METRICS.keys()
     # (0.8 + 0.1 + 0.4) / 3 for class 0 of the first image, (0.7 + 0.1 + 0.8) / 3 for class 1 of the second.
     assert record["ensemble"]["nll"] == pytest.approx(-(log(1.3 / 3) + log(1.6 / 3)) / 2, rel=1e-12)
     record = engine.evaluate(LOGITS, LABELS, [True, False])
-    assert record["exits"][1] is None
+    assert record["exits"] == [expected[0], None] and record["val"] == expected[2]
+    assert engine.evaluate(LOGITS, LABELS, [False, True])["exits"] == [None, expected[1]]
     assert record["ensemble"]["nll"] == pytest.approx(-(log(0.6) + log(0.75)) / 2, rel=1e-12)
     assert engine.evaluate(LOGITS, LABELS, [False, False])["ensemble"] is None
     assert engine.evaluate(LOGITS[2:], LABELS, []) == {"val": record["val"], "exits": [], "ensemble": None}
     # -log((exp(-800) + exp(-900)) / 2) = 800 + log 2, though exp(-800) is 0 in float64.
     record = engine.evaluate(torch.tensor([[[0.0, 800.0]], [[0.0, 900.0]]]), LABELS[:1], [True])
     assert record["ensemble"]["nll"] == pytest.approx(800 + log(2), rel=1e-12)
+
+
+def test_evaluate_in_chunks_of_rows_gives_every_row_its_metrics(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 50, 7, generator=generator), torch.randint(7, (50,), generator=generator)
+    expected = engine.evaluate(logits, labels, [True, True])
+    monkeypatch.setattr(metrics, "CHUNK", 3 * 7)
+    record = engine.evaluate(logits, labels, [True, True])
+    for name in METRICS:
+        for part in ("val", "ensemble"):
+            assert record[part][name] == pytest.approx(expected[part][name], rel=1e-12)
+
+
+@pytest.mark.parametrize("classifier", [0, 2])
+def test_evaluate_refuses_logits_that_are_not_finite_by_an_error_of_their_own(classifier):
+    logits = LOGITS.clone()
+    logits[classifier, 1, 0] = nan
+    with pytest.raises(NonFiniteError):
+        engine.evaluate(logits, LABELS, [True, True])
 
 
 def test_find_not_finite_names_loss_terms_or_else_parameter_or_buffer():

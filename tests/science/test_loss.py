@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import build_objective, trained_exits
 from loss.byot import BYOT
@@ -59,6 +60,14 @@ def receives_gradient(part: Tensor, outputs: Outputs) -> set[str]:
         leaves |= {f"{kind}{i}": t for i, t in enumerate(getattr(outputs, kind), start=1)}
     gradients = torch.autograd.grad(part, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {name for name, g in zip(leaves, gradients, strict=True) if g is not None and g.any()}
+
+
+class CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("epsilon", [0, 0.2])
@@ -228,6 +237,18 @@ def test_own_term_with_a_memory_gets_index_and_epochs():
             _, parts = objective(rows(outputs[epoch], half), LABELS[half], half, batch_size=len(half))
         assert parts["consistency"].item() == near(epoch * (difference[:3] ** 2).sum(1).mean().item())
         objective.end_epoch()
+
+
+@pytest.mark.parametrize("words", ["--PSKD --BYOT --DML", "--DML --DML_on_output", "--DML --DML_as_published"])
+def test_losses_of_five_exits_take_as_many_operations_as_those_of_one(words):
+    """Exits are stacked: on a GPU each operation is a launch."""
+    counts = []
+    for exits in (1, 5):
+        objective, outputs = objective_of(words), random_outputs(exits=exits)
+        with CountOperations() as counter:
+            objective(outputs, LABELS, INDEX)
+        counts.append(counter.count)
+    assert counts[0] == counts[1] > 10
 
 
 @pytest.mark.parametrize("words", ["", "--PSKD", "--BYOT", "--DML", "--PSKD --BYOT --DML"])
