@@ -1,6 +1,7 @@
 """Figures drawn with matplotlib, shared by TensorBoard (utils/logger.py) and scripts/plot.py."""
 
 import contextlib
+import os
 import warnings
 
 import numpy as np
@@ -19,6 +20,7 @@ STYLE = {
 @contextlib.contextmanager
 def drawing():
     """A context for making and saving figures, in one style whatever the user's settings; yields the class Figure."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own, which its programs inherit, works nowhere else
     import matplotlib.style  # here: it takes half a second, and may be missing
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure in memory
 
