@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.errors import printable
 from utils.metrics import confidence_and_error, reliability, risk_coverage_curve
 
 STYLE = {
@@ -75,7 +76,7 @@ def image_sheet(Figure, images: Tensor, captions: list[list[str]], title: str):
         axis = figure.add_subplot(rows, 8, i)
         axis.imshow(image.permute(1, 2, 0).numpy())
         axis.axis("off")
-        axis.set_title("\n".join(f"{line:.24}" for line in caption), fontsize=6, parse_math=False)
+        axis.set_title("\n".join(f"{printable(line):.24}" for line in caption), fontsize=6, parse_math=False)
     return figure
 
 

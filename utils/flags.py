@@ -179,7 +179,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "the run's directory (default: <data>_<model>_<methods>_seed<seed>, a name for each row of the paper's tables)"
     )
     add("--run_name", "runtime", metavar="NAME", help=text)
-    text = "continue from this checkpoint or run directory, with the same flags (default: the run directory's own, if there is one)"
+    text = "continue from this checkpoint or run directory, with the same flags (default: the run's own, if any)"
     path("--resume", "runtime", text, metavar="PATH", also="checkpoint")
     text = "with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
     switch("--val_only", "runtime", help=text, also="eval evaluate test")
