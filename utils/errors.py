@@ -104,6 +104,8 @@ def run_command(command: Callable[[], int | None]) -> None:
                 getattr(sys, name).flush()
             except BrokenPipeError:
                 setattr(sys, name, None)  # a pager that was left: Python, too, flushes at its end, and would complain
+            except OSError:
+                pass  # a full disk: Python says so at its end, with status 120
     sys.exit(status)
 
 

@@ -40,7 +40,7 @@ def interrupt(monkeypatch, epoch: int, number: int | None = signal.SIGTERM) -> N
     before_step(monkeypatch, STEPS * epoch + 1, stop)
 
 
-@pytest.mark.parametrize(("epoch", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGHUP), (1, None)])
+@pytest.mark.parametrize(("epoch", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1), (1, None)])
 def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, finished, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, epoch, number)
     assert train(tmp_path / "run") == (128 + number if number else 1)
