@@ -24,7 +24,7 @@ from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
 from utils.errors import Interrupted, UserError, describe_error, first_line, signals_raise
@@ -308,13 +308,19 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
-    experiment = {name: value for name, value in saved.items() if name not in flags.RUNTIME_FLAGS - {"data_path"}}
-    own = parse_args(argv, fail, experiment)
-    if changes := flags.differences(saved, vars(own) | {"precision": saved.get("precision")}):
-        raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
-    set_up_torch(device, own.precision)
-    loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
+    with reading(path):
+        saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
+        experiment = {name: value for name, value in saved.items() if name not in flags.RUNTIME_FLAGS - {"data_path"}}
+        own = parse_args(argv, fail, experiment)
+        if changes := flags.differences(saved, vars(own) | {"precision": saved.get("precision")}):
+            raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
+        set_up_torch(device, own.precision)
+        model = build_model(own, len(checkpoint["data"]["class_names"]))
+        model = model.to(device, memory_format=torch.channels_last)
+        load_states(checkpoint, path, model=model)
+        loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
+
+    # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
     if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
         split = "test"
@@ -322,8 +328,6 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     if distributed.is_main():
         kind = "test" if own.val_split is None or split == "test" else "held-out training"
         print(f"{path}: {loader.num_samples} {kind} images")
-    model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
-    load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)
     return {
         "checkpoint": str(path),

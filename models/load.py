@@ -5,7 +5,7 @@ from pathlib import Path
 
 import models
 from models.exits import MultiExitResNet
-from utils.checkpoint import BEST, LAST, load_checkpoint, load_states
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_states, reading
 
 
 def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
@@ -26,10 +26,12 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
     file = Path(path) / {"last": LAST, "best": BEST}[epoch]
     checkpoint = load_checkpoint(file)
     args, info = argparse.Namespace(**checkpoint["args"]), dict(checkpoint["data"])
-    model = models.build_model(args, len(info["class_names"])).eval()
-    load_states(checkpoint, file, model=model)
-    temperatures = checkpoint["test"][epoch]["temperatures"] if checkpoint["test"] else None
-    trained = [1.0 if metrics else None for metrics in checkpoint["history"][-1]["exits"]]
-    model.temperatures = temperatures or [*trained, 1.0]
-    info |= {"image_size": args.image_size, "args": args, "epoch": checkpoint["epoch"], "temperatures": temperatures}
+    with reading(file):
+        model = models.build_model(args, len(info["class_names"])).eval()
+        load_states(checkpoint, file, model=model)
+        temperatures = checkpoint["test"][epoch]["temperatures"] if checkpoint["test"] else None
+        trained = [1.0 if metrics else None for metrics in checkpoint["history"][-1]["exits"]]
+        model.temperatures = temperatures or [*trained, 1.0]
+        info |= {"image_size": args.image_size, "args": args, "epoch": checkpoint["epoch"]}
+        info["temperatures"] = temperatures
     return model, info
