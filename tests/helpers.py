@@ -111,7 +111,8 @@ def save_photos(folder: Path) -> None:
 
 
 def metrics(top1):
-    return {"top1_error": top1, "top5_error": 4.0, "nll": 0.5, "ece": 3.0, "aurc": 50.0, "eaurc": 20.0}
+    shown = {"top1_error": top1, "top5_error": 4.0, "nll": 0.5, "ece": 3.0, "aurc": 50.0, "eaurc": 20.0}
+    return shown | {"augrc": 30.0, "auroc_failure": None, "brier": 0.25, "adaptive_ece": 3.5}
 
 
 def record(epoch, top1):
