@@ -35,12 +35,11 @@ from utils.metrics import NonFiniteError
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
-PER_MACHINE = ("data_path", "workers", "experiments_dir")  # flags in which the processes of one run may differ
 
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(fail: Callable | None = None) -> flags.Parser:
     """Every flag, declared by the package that it belongs to."""
     parser = flags.Parser(
+        fail,
         prog="main.py",
         usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
@@ -54,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+RUNTIME_FLAGS = build_parser().names("runtime", "machine")  # all others define the experiment
+PER_MACHINE = build_parser().names("machine")  # in which the processes of one run may differ
+
+
 def parse_args(
     argv: list[str] | None = None, fail: Callable | None = None, saved: dict | None = None
 ) -> argparse.Namespace:
@@ -62,19 +65,22 @@ def parse_args(
     A bad value ends the process with status 2, argparse's usage line and one sentence; or calls `fail(message)`,
     which must not return. `saved` are flags of a checkpoint, which hold where the command line does not say otherwise.
     """
-    parser = build_parser()
-    parser.error = fail or parser.error
+    parser = build_parser(fail)
     try:
         distributed.check_environment()
     except ValueError as e:
         parser.exit(2, f"main.py: error: {e}\n")
-    args = parser.parse_args(argv, argparse.Namespace(**(saved or {})))
-    args.allow_change = sorted({*args.allow_change, *["end_epoch"] * args.allow_end_epoch_change})
+    args = parser.parse_args(argv, parser.namespace(saved or {}))
     if args.run_name is None:
         args.run_name = "val_only" if args.val_only else default_run_name(args)
     for package in (loss, data, models, flags):
         package.check_flags(args, parser.error)
     return args
+
+
+def default_args() -> argparse.Namespace:
+    """Every flag at its default, unchecked: `auto` stays, and no device is touched."""
+    return build_parser().parse_args([])
 
 
 def default_run_name(args) -> str:
@@ -117,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args, device: torch.device) -> None:
     """Train from the run directory's last checkpoint to --end_epoch, and report."""
-    with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
+    with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args), build_parser().differences) as run:
         # where the run starts: flags are compared before any image is read, images before anything is written
         checkpoint = run.open()
         loaders = load_splits(args, device, checkpoint["data"] if checkpoint else None)
@@ -148,7 +154,8 @@ def train(args, device: torch.device) -> None:
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
         notes = flags.notes(args, device)
-        logger.start(headline(args, device, model, loaders), notes, vars(args), train_loader, run.history)
+        experiment = {name: value for name, value in vars(args).items() if name not in RUNTIME_FLAGS}
+        logger.start(headline(args, device, model, loaders), notes, experiment, train_loader, run.history)
 
         # training loop
         predictions = None
@@ -310,16 +317,16 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
 
     with reading(path):
         saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
-        experiment = {name: value for name, value in saved.items() if name not in flags.RUNTIME_FLAGS - {"data_path"}}
+        experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
         own = parse_args(argv, fail, experiment)
-        if changes := flags.differences(saved, vars(own) | {"precision": saved.get("precision")}):
+        if changes := build_parser().differences(saved, vars(own) | {"precision": saved.get("precision")}):
             raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
-        set_up_torch(device, own.precision)
         model = build_model(own, len(checkpoint["data"]["class_names"]))
-        model = model.to(device, memory_format=torch.channels_last)
         load_states(checkpoint, path, model=model)
-        loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
 
+    set_up_torch(device, own.precision)
+    model = model.to(device, memory_format=torch.channels_last)
+    loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
     # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
     if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:

@@ -15,7 +15,7 @@ from data.loader import Loader, generator
 from data.readers import Images
 from utils import distributed
 from utils.errors import UserError
-from utils.flags import add_number
+from utils.flags import add_flag, add_number
 
 
 class Dataset(NamedTuple):
@@ -46,12 +46,12 @@ def add_flags(parser) -> None:
     number = partial(add_number, group)
     text = f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
     text += " test/<class>/*; synthetic needs no files)"
-    group.add_argument("--data_type", choices=list(DATASETS), default="cifar100", metavar="NAME", help=text)
+    add_flag(group, "--data_type", choices=list(DATASETS), default="cifar100", metavar="NAME", help=text)
     text = "where data sets are or are downloaded to (default: %(default)s)"
-    group.add_argument("--data_path", default="./datasets", metavar="DIR", help=text)
+    add_flag(group, "--data_path", "machine", default="./datasets", metavar="DIR", help=text)
     text = "pixels, a multiple of 8; images of another size are resized"
     number("--image_size", int, 32, 16, 512, text, "paper")
-    number("--workers", int, 8, 0, 1024, "threads that decode image files, once", "training needs none")
+    number("--workers", int, 8, 0, 1024, "threads that decode image files, once", "training needs none", "machine")
     number("--classes", int, None, 2, 10**6, "use only the first N classes", "all")
     text = "use only N training images, the first of each class, after --val_split"
     number("--limit_train", int, None, 1, 10**9, text, "all")

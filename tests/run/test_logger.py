@@ -18,7 +18,7 @@ from utils.logger import Logger
 from utils.metrics import METRICS
 from utils.records import results_table
 
-FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
+FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
 LABELS = torch.arange(6) % 3
 LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 

@@ -132,7 +132,7 @@ def test_val_only_on_a_directory_of_runs_goes_past_bad_ones(folders, monkeypatch
         "not finite",
         "--width: -5",
         "--image_size",
-        "e: manual_seed",
+        "manual_seed",
         "new/train",
         "g/",
     )
