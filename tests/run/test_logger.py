@@ -83,7 +83,7 @@ def test_console_tables_and_tensorboard_show_the_six_metrics_only(tmp_path, caps
     out = capsys.readouterr().out
     for name, metric in METRICS.items():
         assert (f"  {metric.heading} " in out) == metric.shown
-        for group in ("val", "exits/2", "ensemble", "test"):
+        for group in ("final", "exit 2", "ensemble", "test"):
             assert (f"{group}/{name}" in scalars) == metric.shown
 
 
