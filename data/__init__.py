@@ -166,6 +166,15 @@ def _class_differences(before: list[str], now: list[str]) -> str:
     return "; ".join(f"{what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for what, names in parts if names)
 
 
+def build_transform(args: Namespace, num_classes: int) -> Callable | None:
+    """What changes a training batch before the step: `transform(images (N, 3, S, S), labels (N,)) -> (images, soft
+    labels (N, K))`, or None, which leaves batches as they are. The place for MixUp and CutMix.
+
+    It may draw from the global generators of torch, numpy and random: they are seeded at the start of every epoch.
+    """
+    return None
+
+
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of RGB in 0..1 over the pixels of images (M, H, W, 3) uint8."""
     num_pixels = images[..., 0].size
