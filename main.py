@@ -27,7 +27,7 @@ from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.errors import Interrupted, UserError, describe_error, first_line, signals_raise
+from utils.errors import Interrupted, UserError, describe_error, first_line, printable, signals_raise
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import machine_facts, seed_generators, set_up_torch
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if not distributed.is_main():
         distributed.wait_for_rank_0()
         message = f"process {os.environ['RANK']}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -195,6 +195,8 @@ def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) 
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
+    if args.val_split is not None and "test" not in loaders:
+        images += ", no test split"
     machine = machine_facts(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
@@ -210,7 +212,7 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
         predictions = predict(model, loaders["val"], args.precision)
     test = None
     if args.val_split is not None:
-        test = evaluate_test_split(args, run, model, loaders["val"], loaders["test"])
+        test = evaluate_test_split(args, run, model, loaders["val"], loaders.get("test"))
     if not run.is_main:
         return
 
@@ -245,8 +247,10 @@ def not_finite(what: str, epoch: int, args) -> UserError:
 
 def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
-    complete in rank 0."""
+    complete in rank 0; empty without a test split."""
     trained, test = trained_exits(args), {}
+    if test_loader is None:
+        return test
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
@@ -331,6 +335,8 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     split = "val"
     if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
         split = "test"
+    if split not in loaders:
+        raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")
     loader = loaders[split]
     if distributed.is_main():
         kind = "test" if own.val_split is None or split == "test" else "held-out training"
@@ -340,7 +346,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         "checkpoint": str(path),
         "epoch": checkpoint["epoch"],
         "images": loader.record["splits"][split],
-        "images_of_the_run": recorded[split],
+        "images_of_the_run": recorded.get(split),
         **measure(logits, labels, checkpoint["epoch"], own),
     }
 

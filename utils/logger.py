@@ -92,7 +92,7 @@ class Logger:
 
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
-        test = results["test"]["last"]["val"] if "test" in results else {}
+        test = results["test"]["last"]["val"] if results.get("test") else {}
         values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
         self.info(results_table(results))

@@ -133,7 +133,7 @@ def test_val_only_on_a_directory_of_runs_goes_past_bad_ones(folders, monkeypatch
         "--width: -5",
         "--image_size",
         "manual_seed",
-        "new/train",
+        "new is not a directory",
         "g/",
     )
     assert all(words in error for words in named), error
