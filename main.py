@@ -1,7 +1,10 @@
 """Train and evaluate image classifiers with PS-KD, BYOT and DML: flags in, a run directory out."""
 
 import signal
+import sys
 
+if sys.platform == "win32":
+    sys.exit("error: Linux and macOS only, because files are locked as POSIX does it; on Windows, use WSL")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
@@ -9,7 +12,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.errors import Interrupted, UserError, describe_error, first_line, printable, signals_raise
+from utils.errors import Interrupted, UserError, describe_error, first_line, print_error, run_command, signals_raise
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import machine_facts, seed_generators, set_up_torch
@@ -91,7 +93,7 @@ def default_run_name(args) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a user error, printed on one line, 2 wrong flags, 128 + n
-    after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
+    after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, 138 SIGUSR1 and 140 SIGUSR2 on Linux)."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     status = 1
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     if not distributed.is_main():
         distributed.wait_for_rank_0()
         message = f"process {os.environ['RANK']}: {message}"
-    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    print_error(message)
     return status
 
 
@@ -352,9 +354,4 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = None  # a pager that was left: Python, too, flushes at its end, and would complain
-    sys.exit(exit_status)
+    run_command(main)

@@ -17,7 +17,7 @@ from data.loader import Loader, generator
 from data.readers import Images, Split
 from utils import distributed
 from utils.errors import UserError, first_line, is_out_of_memory
-from utils.flags import add_flag, add_number
+from utils.flags import add_flag, add_number, add_path
 
 
 class Dataset(NamedTuple):
@@ -48,17 +48,19 @@ def add_flags(parser) -> None:
     number = partial(add_number, group)
     text = f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
     text += " test/<class>/*, or with --val_split <class>/* alone; synthetic needs no files)"
-    add_flag(group, "--data_type", choices=list(DATASETS), default="cifar100", metavar="NAME", help=text)
-    text = "where data sets are or are downloaded to (default: %(default)s)"
-    add_flag(group, "--data_path", "machine", default="./datasets", metavar="DIR", help=text)
+    names = {"choices": list(DATASETS), "default": "cifar100", "metavar": "NAME"}
+    add_flag(group, "--data_type", **names, help=text, also="data dataset")
+    text = "where data sets are or are downloaded to (default: %(default)s, below the working directory)"
+    add_path(group, "--data_path", "machine", text, default="./datasets", metavar="DIR", also="data data_dir root")
     text = "pixels, a multiple of 8; images of another size are resized, of several sizes also cut to a square"
     number("--image_size", int, 32, 16, LARGEST, text, "paper")
-    number("--workers", int, 8, 0, 1024, "threads that decode image files, once", "training needs none", "machine")
+    text, reason = "threads for decoding image files", "used only at the first start"
+    number("--workers", int, 8, 0, 1024, text, reason, kind="machine", also="num_workers")
     number("--classes", int, None, 2, 10**6, "use only the first N classes", "all")
     text = "use only N training images, the first of each class, after --val_split"
     number("--limit_train", int, None, 1, 10**9, text, "all")
     number("--limit_val", int, None, 1, 10**9, "the same for the validation images and for the test split", "all")
-    text = "hold out this part of the training images, select on it, and fit temperatures on it"
+    text = "hold out this part of the training images, use it for model selection, and fit temperatures on it"
     number("--val_split", float, None, 0.001, 0.9, text, "none: as in the paper, validation is the test split")
 
 

@@ -20,12 +20,12 @@ def add_flags(parser) -> None:
     switch("--PSKD", help="soften labels with the previous epoch's own predictions")
     switch("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
     switch("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
-    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD's own")
-    number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher against the label", "paper")
+    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD paper")
+    number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher loss; labels get 1 - alpha", "paper")
     number("--temperature", float, 3.0, 0.01, 1000, "BYOT: tau", "published script")
     text = "BYOT: weight of the hint, a sum over the batch, so that it grows with --batch_size"
     number("--beta", float, 1e-6, 0, 1000, text, "paper")
-    number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: shallowest exit that is taught", "paper, Table 3")
+    number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: first exit trained by BYOT", "paper, Table 3")
     switch("--DML_on_output", help="DML: compare logits in place of features")
     switch("--DML_as_published", help="DML: the published script's value, which has no gradient")
     number("--label_smoothing", float, 0.0, 0, 0.9, "epsilon, in every cross-entropy; not with --PSKD", "off")
@@ -45,7 +45,7 @@ def check_flags(args, fail) -> None:
         fail("argument --num_resnet_blocks: 1 block has no exit for --BYOT or --DML; use 2 to 4")
     if args.BYOT and args.BYOT_from_k_block > exits:
         fail(
-            f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} is beyond the last exit; "
+            f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} exceeds the number of exits; "
             f"{args.num_resnet_blocks} blocks have exits 1 to {exits}"
         )
 

@@ -20,9 +20,24 @@ def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_schedule(args) -> Callable[[int], float]:
-    """The learning rate as a function of the epoch, counted from 0: `--lr`, times `--lr_decay_rate` for each epoch of
-    `--lr_decay_schedule` that has been reached."""
-    return lambda epoch: args.lr * args.lr_decay_rate ** sum(epoch >= e for e in args.lr_decay_schedule)
+    """The learning rate as a function of the epoch t = 0..T-1.
+
+    `step`: `--lr`, times `--lr_decay_rate` for each epoch of `--lr_decay_schedule` that has been reached (paper).
+    `cosine`: lr (1 + cos(pi (t - N) / (T - N))) / 2 after N epochs of warm-up (Loshchilov and Hutter, ICLR 2017, one
+    cycle).
+    Warm-up: lr (t + 1) / (N + 1) for t < N, so that epoch N is the first at the full rate (Goyal et al., 2017).
+    """
+    warmup = args.warmup_epochs
+
+    def schedule(epoch: int) -> float:
+        if epoch < warmup:
+            return args.lr * (epoch + 1) / (warmup + 1)
+        if args.lr_schedule == "cosine":
+            progress = (epoch - warmup) / (args.end_epoch - warmup)
+            return args.lr * (1 + math.cos(math.pi * progress)) / 2
+        return args.lr * args.lr_decay_rate ** sum(epoch >= e for e in args.lr_decay_schedule)
+
+    return schedule
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -1,12 +1,14 @@
 """Figures drawn with matplotlib, shared by TensorBoard (utils/logger.py) and scripts/plot.py."""
 
 import contextlib
+import os
 import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from utils.errors import printable
 from utils.metrics import confidence_and_error, reliability, risk_coverage_curve
 
 STYLE = {
@@ -19,6 +21,7 @@ STYLE = {
 @contextlib.contextmanager
 def drawing():
     """A context for making and saving figures, in one style whatever the user's settings; yields the class Figure."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own, which its programs inherit, works nowhere else
     import matplotlib.style  # here: it takes half a second, and may be missing
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure in memory
 
@@ -73,7 +76,7 @@ def image_sheet(Figure, images: Tensor, captions: list[list[str]], title: str):
         axis = figure.add_subplot(rows, 8, i)
         axis.imshow(image.permute(1, 2, 0).numpy())
         axis.axis("off")
-        axis.set_title("\n".join(f"{line:.24}" for line in caption), fontsize=6, parse_math=False)
+        axis.set_title("\n".join(f"{printable(line):.24}" for line in caption), fontsize=6, parse_math=False)
     return figure
 
 

@@ -65,8 +65,13 @@ def _rename(temporary: Path, path: Path) -> None:
     """os.replace, then fsync of the directory, so that a power cut does not undo it."""
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    try:
+        os.fsync(directory)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB, FUSE and shared folders cannot do it
+            raise
+    finally:
+        os.close(directory)
 
 
 def write_json(path: Path, value) -> None:

@@ -41,7 +41,7 @@ class Logger:
         if self.silent:
             return
         self._log.write(f"{text}\n")
-        with contextlib.suppress(BrokenPipeError):  # a closed pager must not stop the run
+        with contextlib.suppress(OSError):  # a closed pager or terminal must not stop the run
             print(f"{text}\n", end="", flush=True)  # in one write: several runs may share a terminal
 
     def bar(self, loader, meter) -> Iterator:
