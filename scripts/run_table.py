@@ -65,8 +65,7 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argp
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from main import default_run_name, parse_args
-    from utils.flags import RUNTIME_FLAGS
+    from main import RUNTIME_FLAGS, default_run_name, parse_args
 
     schedule, common = [], []
     epochs = parse_args(["--end_epoch", os.environ.get("EPOCHS") or "300"]).end_epoch

@@ -18,8 +18,7 @@ from run_table import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
 
 sys.path.insert(0, str(ROOT))
 from loss import METHODS
-from main import parse_args
-from utils.flags import RUNTIME_FLAGS
+from main import RUNTIME_FLAGS, default_args
 from utils.machine import MACHINE_FACTS
 from utils.metrics import SHOWN
 
@@ -99,7 +98,7 @@ def find_runs(paths: list[Path]) -> dict[str, Path | str]:
 
 def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Run]], list[str]]:
     """Runs with the same defining flags, one per seed, in order; a line for each run left out, and why."""
-    paper = vars(parse_args([])) | {"precision": "fp32"}  # main.py's defaults are its setting
+    paper = vars(default_args()) | {"precision": "fp32"}  # main.py's defaults are its setting
     by_setting, left_out = {}, []
     for name, source in sources.items():
         try:

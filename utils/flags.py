@@ -7,7 +7,7 @@ assembles them.
 import argparse
 import functools
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,30 +15,59 @@ import torch
 from utils import distributed
 from utils.machine import has_bf16_instructions
 
-# The flags that say where and how a run is computed or stored. All others define the experiment.
-RUNTIME_FLAGS = frozenset(
-    (
-        "data_path", "workers", "device", "compile", "cuda_graph", "experiments_dir", "run_name", "resume", "val_only",
-        "overwrite", "saveckp_freq", "save_predictions", "allow_end_epoch_change", "allow_change",
-    )
-)  # fmt: skip
-
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line, from one process per machine."""
+    """An ArgumentParser whose flags have kinds (`add_flag`) and whose error is one line, from one process per machine.
 
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if word.startswith("--") and word.endswith("=--"):  # read as an empty list: python/cpython#109475
-                self.error(f"argument {word[:-3]}: '--' is not a value")
-        return super().parse_known_args(args, namespace)
+    Args:
+        fail: called with the message of an error in place of printing it; must not return.
+    """
+
+    def __init__(self, fail: Callable[[str], None] | None = None, **options):
+        super().__init__(**options)
+        self.fail = fail
 
     def error(self, message: str):
+        if self.fail is not None:
+            self.fail(message)
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
             distributed.wait_for_rank_0()
             self.exit(2)
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().error(message)
+
+    def names(self, *kinds: str) -> set[str]:
+        """The flags of these kinds."""
+        return {action.dest for action in self._actions if getattr(action, "kind", None) in kinds}
+
+    def namespace(self, saved: dict) -> argparse.Namespace:
+        """Saved flags as the namespace that parsing starts from: they hold where the command line does not say
+        otherwise. A flag or a name that this program does not know is an error."""
+        actions = {action.dest: action for action in self._actions}
+        for name, value in saved.items():
+            if name not in actions:
+                if value:
+                    self.error(f"--{name} {value}: this program has no such flag")
+                continue
+            choices = actions[name].choices
+            if choices is not None and value not in choices:
+                self.error(f"argument --{name}: {value!r} is none of {', '.join(choices)}")
+        return argparse.Namespace(**saved)
+
+    def differences(self, before: dict, now: dict) -> list[str]:
+        """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
+
+        A flag that only one of them has, because its program was younger or older, has its default in the other; one
+        that this program does not know counts as off.
+        """
+        found = []
+        for name in sorted((before.keys() | now.keys()) - self.names("runtime", "machine")):
+            default = self.get_default(name)
+            old, new = before.get(name, default), now.get(name, default)
+            is_off_in_both = not old and not new and not (name in before and name in now)
+            if old != new and not is_off_in_both:
+                found.append(f"--{name} {old} -> {new}")
+        return found
 
 
 def number_type(kind: type, low, high):
@@ -57,12 +86,29 @@ def number_type(kind: type, low, high):
     return convert
 
 
-def add_number(group, flag: str, kind: type, default, low, high, text: str, reason: str) -> None:
+def add_flag(group, flag: str, kind: str = "experiment", **options) -> None:
+    """Add a flag; `options` are argparse's.
+
+    Args:
+        kind: "experiment": it defines the experiment, as all do that do not say otherwise. "runtime": it says where and
+            how a run is computed or stored, so that it may differ on resume. "machine": so it does, and the processes
+            of one run may differ in it.
+    """
+    group.add_argument(flag, **options).kind = kind
+
+
+def add_switch(group, flag: str, kind: str = "experiment", **options) -> None:
+    """Add a flag that is off unless it is given."""
+    add_flag(group, flag, kind, action="store_true", **options)
+
+
+def add_number(group, flag: str, number: type, default, low, high, text: str, reason: str, kind="experiment") -> None:
     """Add a flag for a number from `low` to `high`; `reason` is the default's reason or source."""
     shown = "" if default is None else f"{default:g}, "
-    metavar = "N" if kind is int else "X"
     text = f"{text} (default: {shown}{reason})"
-    group.add_argument(flag, type=number_type(kind, low, high), default=default, metavar=metavar, help=text)
+    metavar = "N" if number is int else "X"
+    convert = number_type(number, low, high)
+    add_flag(group, flag, kind, type=convert, default=default, metavar=metavar, help=text)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,62 +119,51 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     number("--batch_size", int, 128, 1, 1_000_000, "images per step, over all processes", "paper")
     number("--lr", float, 0.1, 1e-12, 1000, "learning rate", "paper")
     number("--lr_decay_rate", float, 0.1, 1e-12, 1, "factor at each epoch of the schedule", "paper")
-    group.add_argument(
-        "--lr_decay_schedule",
-        type=number_type(int, 1, 10**9),
-        nargs="*",
-        default=[150, 225],
-        metavar="EPOCH",
-        help="epochs, ascending, at which the rate drops (default: 150 225, paper)",
-    )
+    text = "epochs, ascending, at which the rate drops (default: 150 225, paper)"
+    drops = {"type": number_type(int, 1, 10**9), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
+    add_flag(group, "--lr_decay_schedule", **drops, help=text)
     number("--weight_decay", float, 5e-4, 0, 1, "on every parameter", "published script")
     number("--seed", int, 4, 0, 2**32 - 1, "of weights, order and augmentation", "published script")
 
     group = parser.add_argument_group("run")
-    number, flag = functools.partial(add_number, group), functools.partial(group.add_argument, action="store_true")
-    group.add_argument(
-        "--experiments_dir",
-        default="experiments",
-        metavar="DIR",
-        help="parent of run directories (default: %(default)s)",
+    add, switch = functools.partial(add_flag, group), functools.partial(add_switch, group)
+    text = "parent of run directories (default: %(default)s)"
+    add("--experiments_dir", "machine", default="experiments", metavar="DIR", help=text)
+    add("--run_name", "runtime", metavar="NAME", help="(default: <data>_<model>_<methods>_seed<seed>)")
+    text = "continue from this checkpoint or run directory, with the same flags"
+    add("--resume", "runtime", metavar="PATH", help=text)
+    text = "with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
+    switch("--val_only", "runtime", help=text)
+    switch("--overwrite", "runtime", help="start over, replacing what the run directory holds")
+    text = "let these differ on resume, and record it: end_epoch, precision, processes (default: none)"
+    names = {"nargs": "+", "choices": ["end_epoch", "precision", "processes"], "default": [], "metavar": "NAME"}
+    add("--allow_change", "runtime", **names, help=text)
+    text = "let --end_epoch differ on resume, though PS-KD's alpha_t depends on it"
+    switch("--allow_end_epoch_change", "runtime", help=text)
+    switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
+    text, reason = "also keep a checkpoint every N epochs", "only last, previous and best"
+    add_number(group, "--saveckp_freq", int, 0, 0, 10**9, text, reason, "runtime")
+    text = "auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
+    add("--device", "runtime", default="auto", metavar="NAME", help=text)
+    text = (
+        "auto is bf16 where the processor has it, else fp32; fp16, with a scaled loss, is for GPUs without bf16 (V100,"
     )
-    group.add_argument("--run_name", metavar="NAME", help="(default: <data>_<model>_<methods>_seed<seed>)")
-    group.add_argument(
-        "--resume", metavar="PATH", help="continue from this checkpoint or run directory, with the same flags"
+    text += " T4, RTX 20) and never chosen by auto, because its accuracy has not been measured yet; losses, memory and"
+    text += " metrics are float32 or better in all"
+    precisions = ["auto", "fp32", "tf32", "bf16", "fp16"]
+    add("--precision", choices=precisions, default="auto", help=f"{text} (default: %(default)s)")
+    text = "torch.compile the network and the losses (default: off, not yet measured on a GPU)"
+    switch("--compile", "runtime", help=text)
+    text = (
+        "capture the training step as a CUDA graph, on one GPU; may double the memory (default: off, not yet measured)"
     )
-    flag(
-        "--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
-    )
-    flag("--overwrite", help="start over, replacing what the run directory holds")
-    flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
-    group.add_argument(
-        "--allow_change",
-        nargs="+",
-        default=[],
-        choices=["end_epoch", "precision", "processes"],
-        metavar="NAME",
-        help="let these differ on resume, and record it: end_epoch, precision, processes (default: none)",
-    )
-    flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")
-    number("--saveckp_freq", int, 0, 0, 10**9, "also keep a checkpoint every N epochs", "only last, previous and best")
-    group.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
-    )
-    group.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "tf32", "bf16", "fp16"],
-        default="auto",
-        help="auto is bf16 where the processor has it, else fp32; fp16, with a scaled loss, is for NVIDIA GPUs without "
-        "bf16 (V100, T4, RTX 20), and never chosen by auto, because its accuracy has not been measured yet; losses, "
-        "memory and metrics are float32 or better in all (default: %(default)s)",
-    )
-    flag("--compile", help="torch.compile the network and the losses (default: off, not yet measured on a GPU)")
-    flag("--cuda_graph", help="capture the training step as a CUDA graph, on one GPU (default: off, not yet measured)")
-    flag("--sync_bn", help="BatchNorm over all processes' images (GPUs only)")
+    switch("--cuda_graph", "runtime", help=text)
+    switch("--sync_bn", help="BatchNorm over all processes' images (GPUs only)")
 
 
 def check_flags(args: argparse.Namespace, fail) -> None:
     """Check the flags of this module, and resolve `auto`; `fail(message)` reports an error and does not return."""
+    args.allow_change = sorted({*args.allow_change, *["end_epoch"] * args.allow_end_epoch_change})
     if sorted(set(args.lr_decay_schedule)) != args.lr_decay_schedule:
         fail(f"argument --lr_decay_schedule: {args.lr_decay_schedule} must ascend")
     if args.val_only and not args.resume:
@@ -199,19 +234,6 @@ def _check_paths(fail, args: argparse.Namespace) -> None:
             fail(f"argument --{name}: {value!r} is not a directory")
     if args.resume is not None and not os.path.exists(args.resume):
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
-
-
-def differences(before: dict, now: dict) -> list[str]:
-    """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
-
-    A flag that only one of them has, because the program was younger or older, counts as off in the other.
-    """
-    names = sorted((before.keys() | now.keys()) - RUNTIME_FLAGS)
-    return [
-        f"--{n} {before.get(n)} -> {now.get(n)}"
-        for n in names
-        if before.get(n) != now.get(n) and (before.get(n) or now.get(n) or (n in before and n in now))
-    ]
 
 
 def notes(args, device: torch.device) -> list[str]:

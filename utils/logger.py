@@ -13,7 +13,6 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
-from utils.flags import RUNTIME_FLAGS
 from utils.metrics import SHOWN, shown_metrics
 from utils.records import classifiers, results_table
 
@@ -57,7 +56,7 @@ class Logger:
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
     def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[dict]) -> None:
-        """Before the first epoch of this command: what is trained, warnings, the command line's flags, the records of
+        """Before the first epoch of this command: what is trained, warnings, the flags that define it, the records of
         earlier epochs, and images of the training loader's current epoch."""
         if self.silent:
             return
@@ -66,7 +65,6 @@ class Logger:
             self.info(f"note: {note}")
         if not self._draws:
             self.info("note: no pictures in TensorBoard without matplotlib (pip install -r scripts/requirements.txt)")
-        flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
         flags = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
         for summary in hparams(flags, dict.fromkeys(COLUMNS))[:2]:  # add_hparams would write all scalars again
             self._board.file_writer.add_summary(summary)
@@ -94,7 +92,7 @@ class Logger:
 
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
-        test = results["test"]["last"]["val"] if "test" in results else {}
+        test = results["test"]["last"]["val"] if results.get("test") else {}
         values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
         self.info(results_table(results))

@@ -15,9 +15,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils import figures
 from utils.logger import Logger
+from utils.metrics import METRICS
 from utils.records import results_table
 
-FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
+FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
 LABELS = torch.arange(6) % 3
 LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 
@@ -75,6 +76,15 @@ def test_event_file_and_console(tmp_path, capsys):
     assert shown == {"lr": 0.1, "a_method": "True", "lr_decay_schedule": "[5, 7]", "limit_val": "None"}
     columns = {column.name.tag for column in hparams["_hparams_/experiment"].experiment.metric_infos}
     assert {"final/nll", "ensemble/top1_error", "test/top1_error"} <= columns <= found.keys()
+
+
+def test_console_tables_and_tensorboard_show_the_six_metrics_only(tmp_path, capsys):
+    scalars = log_run(tmp_path).Tags()["scalars"]
+    out = capsys.readouterr().out
+    for name, metric in METRICS.items():
+        assert (f"  {metric.heading} " in out) == metric.shown
+        for group in ("final", "exit 2", "ensemble", "test"):
+            assert (f"{group}/{name}" in scalars) == metric.shown
 
 
 def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):

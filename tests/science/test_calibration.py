@@ -142,3 +142,6 @@ def test_threshold_is_chosen_on_heldout_images_by_hand():
     # Whatever the test logits and labels are, the choice is the same.
     other = results[1]["chosen"]
     assert other["threshold"] == chosen["threshold"] and other["accuracy"] == pytest.approx(100 - chosen["accuracy"])
+    # On held-out images a cheaper backbone costs less than 2.2, that threshold's cost, and on test images more than 1.
+    never = early_exit_curve(heldout, (30 * heldout[0], labels), [1.0, 1.0], [1, 3], 2)
+    assert never["chosen"] == never["curve"][-1]
