@@ -21,7 +21,7 @@ import torch
 import data
 import loss
 import models
-from data import check_same_images, load_splits
+from data import build_transform, check_same_images, load_splits
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
@@ -146,7 +146,11 @@ def train(args, device: torch.device) -> None:
 
         # the training step, perhaps in several processes, perhaps captured
         network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
-        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
+        transform = build_transform(args, train_loader.num_classes)
+        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
+        states["scaler"] = step.scaler  # of fp16
+        if checkpoint and checkpoint.get("scaler"):
+            step.scaler.load_state_dict(checkpoint["scaler"])
         if args.cuda_graph:
             step = GraphedStep(step)
 

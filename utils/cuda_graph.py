@@ -15,12 +15,12 @@ class GraphedStep:
     The first WARM_UP steps of a batch shape run as they are (they are the run's real steps), then one is captured,
     and from then on batches are copied into its static inputs. A batch of another shape, such as the last one of an
     epoch, runs as it is. The learning rate is part of what is captured: when it changes, the step is captured again.
-    Everything else that changes between steps lives in tensors (weights, momentum, memory, alpha_t, meters) that the
-    graph reads and writes in place. If capturing fails, one line says so and all steps run as they are.
+    Everything else that changes between steps lives in tensors (weights, momentum, memory, alpha_t, meters, fp16's
+    scale) that the graph reads and writes in place. If capturing fails, one line says so and all steps run as they are.
     """
 
     def __init__(self, step):
-        self.step, self.meter, self.objective = step, step.meter, step.objective
+        self.step, self.meter, self.objective, self.scaler = step, step.meter, step.objective, step.scaler
         self.captured_lr = None
         self.shapes = None  # of the first batch, the one worth capturing
         self.warm = 0

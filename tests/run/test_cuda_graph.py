@@ -54,16 +54,18 @@ def train(device, words: str, dtype=torch.float64, graph=False, compile=False, t
     optimizer, schedule = engine.build_optimizer(args, model), engine.build_schedule(args)
     step = engine.TrainStep(model, objective, optimizer, device, args.precision, compile, transform)
     step = GraphedStep(step) if graph else step
-    means = []
+    epochs = []
     for epoch in range(args.end_epoch):
         optimizer.param_groups[0]["lr"] = schedule(epoch)
         model.train()
         objective.train().set_epoch(epoch)
         images.set_epoch(epoch)
         torch.manual_seed(epoch)
-        means.append(engine.train_one_epoch(step, images)["train"])
+        epochs.append(engine.train_one_epoch(step, images))
         logits, _ = engine.predict(model, loader(args, device, dtype), args.precision)
-    return {"model": model.state_dict(), "objective": objective.state_dict(), "means": means, "logits": logits}
+    left = {"model": model.state_dict(), "objective": objective.state_dict(), "scaler": step.scaler.state_dict()}
+    left |= {"logits": logits, "skipped": [e.get("skipped_steps", 0) for e in epochs]}
+    return left | {"means": [e["train"] for e in epochs]}
 
 
 @pytest.mark.parametrize("words", COMBINATIONS)
@@ -74,6 +76,19 @@ def test_captured_step_equals_the_plain_step_to_the_bit(words, emulated_graphs):
     indices = [index for name, args in replayed if name == "aten.index" for index in tree_leaves(args[1])]
     assert not [index for index in indices if index.dtype == torch.bool]  # a mask makes the processor wait
     assert not {name for name, _ in replayed} & WAITING
+
+
+def test_captured_fp16_step_skips_and_rescales_as_the_plain_one(emulated_graphs, monkeypatch):
+    """With the fused optimiser of a GPU; so large a scale overflows in captured steps, too."""
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: sgd(*args, **options | {"fused": True}))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**30))
+    words = f"{ALL} --precision fp16"
+    captured, plain = (train(CPU, words, torch.float32, graph=graph) for graph in (True, False))
+    torch.testing.assert_close(captured, plain, **EXACT)
+    assert 3 < sum(captured["skipped"]) < 18 and captured["skipped"][0] == 6
+    replayed = {str(func).rsplit(".", 1)[0] for func, *_ in emulated_graphs[0].operations}
+    assert "aten._amp_update_scale_" in replayed and not replayed & WAITING
 
 
 def mix_at_times(images, labels):
