@@ -237,4 +237,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while flags are checked: no traceback
     if sys.stdout is None:  # closed: no file that is opened later, by this process or by a run, may take its place
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.set_inheritable(1, True)
     sys.exit(main(sys.argv[1:]))

@@ -95,7 +95,7 @@ def all_tables(groups: list[list[Run]], table: str | None, columns: dict[str, Co
     if is_papers_data(groups[0][0]):
         tables, notes = paper_tables(groups, table or "1234", columns)
     settings = {(line.runs[0].network, line.runs[0].label) for found in tables for line in found.lines}
-    others = [Line(group) for group in groups if (group[0].network, group[0].label) not in settings]
+    others = [Line(group, "", {}) for group in groups if (group[0].network, group[0].label) not in settings]
     if others and not table:
         tables.append(make_table(f"Other runs: {groups[0][0].data}", columns, others))
     return tables, notes
@@ -107,7 +107,7 @@ def classifier_lines(groups: list[list[Run]]) -> list[Line]:
     for group in groups:
         for name in group[0].classifiers:
             runs = [run._replace(values=run.classifiers[name]) for run in group]
-            lines.append(Line(runs, name))
+            lines.append(Line(runs, name, {}))
     return lines
 
 

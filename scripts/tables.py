@@ -21,8 +21,8 @@ class Cell(NamedTuple):
 
 class Line(NamedTuple):
     runs: list[Run]  # of one setting, one per seed
-    row: str = ""  # its number in the paper's table, or the classifier
-    published: dict = {}
+    row: str  # its number in the paper's table, the classifier, or nothing
+    published: dict  # column -> the paper's value
 
 
 class Table(NamedTuple):
@@ -55,7 +55,7 @@ def mean_cell(runs: list[Run], column: str, published: float | None = None) -> C
 
 def make_paired_table(title: str, columns: dict[str, Column], groups: list[list[Run]]) -> tuple[Table, str]:
     """A table of differences from a base, as `pair_runs` returns them, with 95 % intervals; a line on the intervals."""
-    lines = [Line(runs) for runs in groups]
+    lines = [Line(runs, "", {}) for runs in groups]
     table = make_table(title, columns, lines)._replace(is_difference=True)
     rests_on = {}  # words -> columns' headings
     for key, column in columns.items():

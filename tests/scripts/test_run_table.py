@@ -19,6 +19,7 @@ MAIN = """#!{python}
 # Stands in for `python main.py`: fails for DML alone, waits for signals with --image_size, and with --compile ends with
 # status 1 when all is done.
 import json, os, pathlib, signal, sys, time
+os.fstat(1)  # fails where standard output is closed
 flags = sys.argv[2:]
 name = flags[flags.index("--run_name") + 1]
 run = pathlib.Path(flags[flags.index("--experiments_dir") + 1], name)
