@@ -185,7 +185,7 @@ def number(name: str, value) -> float:
 def find_departures(config: dict, starts: list[dict], paper: dict) -> frozenset[str]:
     """In what a run is not the paper's: flags, flags that changed on resume, and several processes, because
     BatchNorm is per process."""
-    environment = {key for start in starts for key in start} - paper.keys()
+    environment = {key for start in config.get("starts", ()) for key in start} - paper.keys()
     flags = {**paper, **config}
     found = []
     for key in flags.keys() - NO_DEPARTURE - environment:

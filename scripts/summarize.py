@@ -15,15 +15,15 @@ from pathlib import Path
 
 from intervals import pair_runs
 from run_table import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
-from runs import COLUMNS, LIMITS, Column, Run, find_runs, group_runs, path_argument
+from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs, path_argument
 from tables import FORMATS, Line, Table, make_paired_table, make_table
 
 from utils.errors import UserError
 from utils.files import write_atomic
 from utils.flags import RUNTIME_FLAGS
 
-METRICS = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc", "ece_after_T")
-DEFAULT = (*METRICS, "early_exit", "seconds_per_epoch", "hours")
+PAPER_DATA = PUBLISHED["table1"]["dataset"]
+DEFAULT = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc", "ece_after_T", "early_exit", *TIMES)
 DEFAULT_OF_PAIRS = ("top1_error", "nll_after_T", "augrc")
 # Table 2's headings; its values are accuracies.
 TABLE_2 = {"4/4": "final", "3/4": "exit 3", "2/4": "exit 2", "1/4": "exit 1", "ensemble": "ensemble"}
@@ -58,7 +58,7 @@ def paper_tables(groups: list[list[Run]], numbers: str, columns: dict[str, Colum
         if any(line.published for line in lines):
             notes += [PUBLISHED["about"], *paper["notes"]]
         title = f"Table {number}: {paper['title']}"
-        if data != paper["dataset"]:  # several versions of it
+        if data != PAPER_DATA:  # several versions of it
             title += f", {data}"
         if number == "2":
             tables.append(make_table(title, accuracy_columns(), accuracy_lines(lines)))
@@ -86,7 +86,7 @@ def accuracy_lines(lines: list[Line]) -> list[Line]:
 
 
 def is_papers_data(run: Run) -> bool:
-    return run.flags["data_type"] == "cifar100" and not any(run.flags[limit] for limit in LIMITS)
+    return run.flags["data_type"] == PAPER_DATA and not any(run.flags[limit] for limit in LIMITS)
 
 
 def all_tables(groups: list[list[Run]], table: str | None, columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
