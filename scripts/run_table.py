@@ -71,8 +71,7 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, Run], argparse.N
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from main import build_parser, default_run_name, parse_args
-    from utils.flags import RUNTIME_FLAGS
+    from main import RUNTIME_FLAGS, build_parser, default_args, default_run_name, parse_args
 
     schedule, common = [], []
     epochs = parse_args(["--end_epoch", os.environ.get("EPOCHS") or "300"]).end_epoch
@@ -82,7 +81,7 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, Run], argparse.N
     if os.environ.get("EXPERIMENTS"):
         common += ["--experiments_dir", os.environ["EXPERIMENTS"]]
 
-    defaults = vars(build_parser().parse_args([]))
+    defaults = vars(default_args())
     runs = {}
     for seed in (os.environ.get("SEEDS") or "4").split():
         for row in rows:

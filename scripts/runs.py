@@ -11,8 +11,8 @@ from run_table import ROOT
 
 sys.path.insert(0, str(ROOT))
 from loss import METHODS
-from main import build_parser
-from utils.flags import RUNTIME_FLAGS
+from main import RUNTIME_FLAGS, default_args
+from utils.errors import printable
 from utils.machine import MACHINE_FACTS
 from utils.metrics import METRICS
 from utils.records import classifiers
@@ -26,13 +26,7 @@ class Column(NamedTuple):
 
 
 # Every number that a table may show. T: each classifier's temperature, p: its norm, both fitted on held-out images.
-COLUMNS = {
-    "augrc": Column("AUGRC (x 1000)", 2),
-    "auroc_failure": Column("AUROC_f (%)", 2),
-    "brier": Column("Brier", 4),
-    "adaptive_ece": Column("ad. ECE (%)", 2),
-}
-COLUMNS |= {key: Column(f"{m.heading} ({m.unit})".removesuffix(" ()"), m.decimals) for key, m in METRICS.items()}
+COLUMNS = {key: Column(f"{m.heading} ({m.unit})".removesuffix(" ()"), m.decimals) for key, m in METRICS.items()}
 COLUMNS |= {
     "nll_after_T": Column("NLL after T (nats)", 4),
     "ece_after_T": Column("ECE after T (%)", 2),
@@ -49,6 +43,7 @@ COLUMNS |= {
     "seconds_per_epoch": Column("s/epoch", 1),
     "hours": Column("hours", 2),
 }
+OF_PNORM = ("augrc_pnorm", "pnorm_p")
 TIMES = ("seconds_per_epoch", "hours")
 
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
@@ -83,14 +78,9 @@ def path_argument(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def printable(text: str) -> str:
-    """Text with escapes in place of characters that would move the cursor or forge a line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def paper_flags() -> dict:
     """The paper's setting: main.py's defaults. They are not checked, so that no device is asked for memory."""
-    return vars(build_parser().parse_args([])) | {"precision": "fp32"}
+    return vars(default_args()) | {"precision": "fp32"}
 
 
 def find_runs(paths: list[Path]) -> dict[str, Path | str]:
@@ -124,7 +114,12 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
 
     # Without held-out images, validation is the test split.
     has_held_out = bool(flags["val_split"])
-    record = results["test"][which] if has_held_out else results[which]
+    data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags[limit])])
+    record = results[which]
+    if has_held_out and "test" in results:
+        record = results["test"][which]
+    elif has_held_out:
+        data += ", no test split: held-out images"
     found = classifier_values(record)
     values = found["final"] | {key: number(key, results[key]) for key in TIMES if key in results}
     values |= {classifier: metrics["top1_error"] for classifier, metrics in found.items()}
@@ -142,7 +137,7 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
         seed=flags["seed"],
         methods=tuple(method for method in METHODS if flags[method]),
         departures=find_departures(config, starts, paper),
-        data=", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags[limit])]),
+        data=data,
         images=image_facts(config.get("data", {}), has_held_out),
         machines=frozenset(start["device_name"] for start in starts),
         origins=frozenset(
@@ -163,11 +158,10 @@ def classifier_values(record: dict) -> dict[str, dict]:
     calibrated = classifiers(record["calibrated"]) if record.get("calibrated") else {}
     found = {}
     for classifier, metrics in classifiers(record).items():
-        after = {}
-        for key, value in calibrated.get(classifier, {}).items():
-            after[key if key in COLUMNS and "pnorm" in key else f"{key}_after_T"] = value
+        fitted = calibrated.get(classifier, {})
+        values = metrics | {key if key in OF_PNORM else f"{key}_after_T": value for key, value in fitted.items()}
         found[classifier] = {}
-        for key, value in {**metrics, **after}.items():
+        for key, value in values.items():
             if key == "auroc_failure" and value is None:  # where all predictions are right, or all wrong
                 continue
             if key in COLUMNS:

@@ -10,7 +10,6 @@ reason.
 import argparse
 import json
 import signal
-import sys
 from pathlib import Path
 
 from intervals import pair_runs
@@ -18,12 +17,13 @@ from run_table import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
 from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs, path_argument
 from tables import FORMATS, Line, Table, make_paired_table, make_table
 
-from utils.errors import UserError
+from main import RUNTIME_FLAGS
+from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_atomic
-from utils.flags import RUNTIME_FLAGS
+from utils.metrics import SHOWN
 
 PAPER_DATA = PUBLISHED["table1"]["dataset"]
-DEFAULT = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc", "ece_after_T", "early_exit", *TIMES)
+DEFAULT = (*SHOWN, "ece_after_T", "early_exit", *TIMES)
 DEFAULT_OF_PAIRS = ("top1_error", "nll_after_T", "augrc")
 # Table 2's headings; its values are accuracies.
 TABLE_2 = {"4/4": "final", "3/4": "exit 3", "2/4": "exit 2", "1/4": "exit 1", "ensemble": "ensemble"}
@@ -164,8 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def summarize(args: argparse.Namespace) -> None:
     which = "best" if args.best else "last"
     groups, left_out = group_runs(find_runs(args.runs), which)
     if not groups:
@@ -178,36 +177,41 @@ def main(argv: list[str] | None = None) -> None:
         export(args.export, runs)
 
     origins = frozenset.union(*(run.origins for run in runs))
-    remarks = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(origins))}"]
-    remarks += [f"left out: {line}" for line in left_out]
+    notes = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(origins))}"]
+    notes += [f"left out: {line}" for line in left_out]
     tables = []
-    columns = args.metrics or (DEFAULT_OF_PAIRS if args.pairs else DEFAULT)
-    columns = {key: COLUMNS[key] for key in columns}
+    keys = args.metrics or (DEFAULT_OF_PAIRS if args.pairs else DEFAULT)
+    columns = {key: COLUMNS[key] for key in keys}
     for data in dict.fromkeys(run.data for run in runs):
         on_data = [group for group in groups if group[0].data == data]
         common = frozenset.intersection(*(group[0].departures for group in on_data))
         if common:
-            remarks.append(f"{data}: all runs, unlike the paper: {', '.join(sorted(common))}")
+            notes.append(f"{data}: all runs, unlike the paper: {', '.join(sorted(common))}")
         if args.pairs:
-            found, notes = paired_tables(args.pairs, on_data, columns)
+            found, more_notes = paired_tables(args.pairs, on_data, columns)
         elif args.all_classifiers:
-            title = f"Every classifier: {data}"
-            found, notes = [make_table(title, columns, classifier_lines(on_data), "classifier")], []
+            table = make_table(f"Every classifier: {data}", columns, classifier_lines(on_data), "classifier")
+            found, more_notes = [table], []
         else:
-            found, notes = all_tables(on_data, args.table, columns)
+            found, more_notes = all_tables(on_data, args.table, columns)
         tables += found
-        remarks += notes
+        notes += more_notes
     if args.pairs and not tables:
         labels = dict.fromkeys(run.label for run in runs)
         args.fail(f"--pairs {args.pairs}: give one of {'; '.join(labels)}")
-    FORMATS[args.format](tables, list(dict.fromkeys(remarks)))
+    FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        summarize(args)
+    except (OSError, UserError) as e:
+        print_error(str(e))
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8, or an output that is ASCII
-    sys.stderr.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except (OSError, UserError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

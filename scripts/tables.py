@@ -120,18 +120,18 @@ def text_rows(table: Table) -> list[list[str]]:
     return rows
 
 
-def print_markdown(tables: list[Table], remarks: list[str]) -> None:
+def print_markdown(tables: list[Table], notes: list[str]) -> None:
     for table in tables:
         print(f"### {table.title}\n")
         heading, *rows = text_rows(table)
         for row in [heading, ["---"] * len(heading), *rows]:
             print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
         print()
-    for remark in remarks:
-        print("-", remark)
+    for note in notes:
+        print("-", note)
 
 
-def print_latex(tables: list[Table], remarks: list[str]) -> None:
+def print_latex(tables: list[Table], notes: list[str]) -> None:
     """For a document with \\usepackage{booktabs}."""
     for table in tables:
         heading, *rows = text_rows(table)
@@ -142,8 +142,8 @@ def print_latex(tables: list[Table], remarks: list[str]) -> None:
         for row in rows:
             print(" & ".join(map(latex, row)), "\\\\")
         print("\\bottomrule\n\\end{tabular}\n\\end{table}\n")
-    for remark in remarks:
-        print("%", remark)
+    for note in notes:
+        print("%", note)
 
 
 def latex(text: str) -> str:
@@ -153,8 +153,8 @@ def latex(text: str) -> str:
     return "".join(special.get(c, c) for c in text)
 
 
-def print_csv(tables: list[Table], remarks: list[str]) -> None:
-    """One table of all lines; remarks go to standard error."""
+def print_csv(tables: list[Table], notes: list[str]) -> None:
+    """One table of all lines; notes go to standard error."""
     columns = shown_columns(tables)
     parts = ["", " sd", " published", " difference"]
     if any(table.is_difference for table in tables):
@@ -172,8 +172,8 @@ def print_csv(tables: list[Table], remarks: list[str]) -> None:
                 row += csv_numbers(cells.get(key))[: len(parts)]
             writer.writerow(row)
     print(file.getvalue(), end="")
-    for remark in remarks:
-        print(remark, file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def csv_numbers(cell: Cell | None) -> list[str]:

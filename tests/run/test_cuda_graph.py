@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -38,19 +39,20 @@ def parse(words: str):
 def loader(args, device, dtype, **training) -> Loader:
     random, num, size = np.random.RandomState(0), args.limit_train, args.image_size
     split = Split(random.randint(0, 256, (num, size, size, 3), dtype=np.uint8), random.randint(0, 10, num))
-    images = Loader(split, [str(k) for k in range(10)], (0.5,) * 3, (0.25,) * 3, size, device, **training)
+    record = {"class_names": [str(k) for k in range(10)], "mean": [0.5] * 3, "std": [0.25] * 3}
+    images = Loader(split, record, size, device, **training)
     images.scale, images.shift = images.scale.to(dtype), images.shift.to(dtype)
     return images
 
 
-def train(device, words: str, dtype=torch.float64, graph=False, compile=False) -> dict:
+def train(device, words: str, dtype=torch.float64, graph=False, compile=False, transform=None) -> dict:
     """What the epochs of a run leave behind."""
     args = parse(words)
     images = loader(args, device, dtype, augmentation="crop", batch_size=args.batch_size)
     model = build_model(args, 10).to(device, dtype, memory_format=torch.channels_last)
     objective = build_objective(args, args.limit_train, 10).to(device, dtype)
     optimizer, schedule = engine.build_optimizer(args, model), engine.build_schedule(args)
-    step = engine.TrainStep(model, objective, optimizer, device, args.precision, compile)
+    step = engine.TrainStep(model, objective, optimizer, device, args.precision, compile, transform)
     step = GraphedStep(step) if graph else step
     means = []
     for epoch in range(args.end_epoch):
@@ -58,6 +60,7 @@ def train(device, words: str, dtype=torch.float64, graph=False, compile=False) -
         model.train()
         objective.train().set_epoch(epoch)
         images.set_epoch(epoch)
+        torch.manual_seed(epoch)
         means.append(engine.train_one_epoch(step, images)["train"])
         logits, _ = engine.predict(model, loader(args, device, dtype), args.precision)
     return {"model": model.state_dict(), "objective": objective.state_dict(), "means": means, "logits": logits}
@@ -71,6 +74,20 @@ def test_captured_step_equals_the_plain_step_to_the_bit(words, emulated_graphs):
     indices = [index for name, args in replayed if name == "aten.index" for index in tree_leaves(args[1])]
     assert not [index for index in indices if index.dtype == torch.bool]  # a mask makes the processor wait
     assert not {name for name, _ in replayed} & WAITING
+
+
+def mix_at_times(images, labels):
+    """On most batches MixUp, with a weight drawn on the processor; on the others nothing."""
+    weight, y = torch.rand(()).item(), F.one_hot(labels, 10).to(images)
+    if weight < 0.2:
+        return images, labels
+    return torch.lerp(images.flip(0), images, weight), torch.lerp(y.flip(0), y, weight)
+
+
+def test_transform_runs_outside_the_captured_step(emulated_graphs):
+    assert_equal = functools.partial(torch.testing.assert_close, **EXACT)
+    assert_equal(*(train(CPU, ALL, graph=graph, transform=mix_at_times) for graph in (True, False)))
+    assert len(emulated_graphs) == 2
 
 
 def test_capture_that_fails_is_one_line_and_the_run_equals_the_plain_one(emulated_graphs, monkeypatch, capsys):

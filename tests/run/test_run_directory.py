@@ -136,7 +136,7 @@ def test_epochs_are_saved_by_what_saving_costs_and_records_never_run_ahead(finis
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(checkpoint, "write_atomic", slow)
     flags = vars(main.parse_args([*SMALL.split(), "--end_epoch", str(len(EPOCHS))]))
-    with run_directory.RunDirectory(tmp_path / "run", flags) as directory:
+    with run_directory.RunDirectory(tmp_path / "run", flags, main.build_parser().differences) as directory:
         directory.open()
         directory.begin({}, {}, None)
         for epoch, (error, seconds, writing, is_saved) in enumerate(EPOCHS):

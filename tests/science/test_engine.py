@@ -5,12 +5,13 @@ from math import inf, log, nan
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from loss import build_objective
 from main import parse_args
 from models import build_model
-from utils import distributed, engine
-from utils.metrics import classification_metrics
+from utils import distributed, engine, metrics
+from utils.metrics import METRICS, NonFiniteError, classification_metrics, extended_metrics
 
 
 class Batches:
@@ -33,6 +34,13 @@ def build(words: str = "--PSKD --BYOT --DML --end_epoch 2"):
     return build_model(args, 4).train(), build_objective(args, 8, 4).train(), args
 
 
+def mix_up(images, labels):
+    """Each image with another one of the batch, both drawn from the global generator; labels (N, 4)."""
+    weight, other = torch.rand(()), torch.randperm(len(labels))
+    y = F.one_hot(labels, 4).float()
+    return torch.lerp(images[other], images, weight), torch.lerp(y[other], y, weight)
+
+
 def test_schedule_drops_at_each_epoch_given():
     schedule = engine.build_schedule(build("--lr 0.1 --lr_decay_rate 0.2 --lr_decay_schedule 2 3 5")[2])
     assert [schedule(epoch) for epoch in range(6)] == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.004, 0.0008])
@@ -48,30 +56,43 @@ def test_meter_weights_by_images_in_float64(processes, monkeypatch):
         logits = torch.eye(2)[[1] * num_wrong + [0] * (n - num_wrong)]
         parts = {"ce": torch.tensor(value), "dml": torch.tensor(-value / 2)}
         meter.update(parts, logits, torch.zeros(n, dtype=torch.int64), n * processes)
+        meter.num_images += n * processes
     ce = (3 * 2**24 + 3 * 1 + 1 * 5) / 7
     expected = {"loss": ce / 2, "ce": ce, "dml": -ce / 2, "top1_error": 100 * 3 / 7}
-    images = 7 * processes
-    assert meter.means(images) == meter.own_means(images) == pytest.approx(expected, rel=1e-14)
+    assert meter.means() == meter.local_means() == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_epoch_equals_the_loop_written_out(precision):
+def test_meter_takes_the_largest_of_soft_labels_as_the_class():
+    meter = engine.Meter(torch.device("cpu"))
+    meter.update({"ce": torch.tensor(1.0)}, torch.eye(3), torch.tensor([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0, 1]]), 3)
+    meter.num_images = 3
+    assert meter.means()["top1_error"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("precision, transform", [("fp32", None), ("bf16", None), ("fp32", mix_up)])
+def test_an_epoch_equals_the_loop_written_out(precision, transform):
     """Weights, memory and means to the bit, over two epochs whose last batch is smaller."""
     (model, objective, args), (reference, reference_objective, _) = build(), build()
-    step = engine.TrainStep(model, objective, engine.build_optimizer(args, model), torch.device("cpu"), precision)
+    optimizer = engine.build_optimizer(args, model)
+    step = engine.TrainStep(model, objective, optimizer, torch.device("cpu"), precision, transform=transform)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for epoch, order in enumerate(((4, 0, 6, 2, 1, 5, 3, 7), (3, 1, 0, 7, 5, 6, 4, 2))):
         objective.set_epoch(epoch)
+        torch.manual_seed(epoch)
         result = engine.train_one_epoch(step, Batches(order))
         reference_objective.set_epoch(epoch)
+        torch.manual_seed(epoch)
         sums, wrong = {}, 0
         for images, labels, index in Batches(order):
+            if transform:
+                images, labels = transform(images, labels)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 outputs = reference(images)
             loss, parts = reference_objective(outputs, labels, index)
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, 0) + len(labels) * value.item()
-            wrong += (outputs.logits.argmax(1) != labels).sum().item()
+            classes = labels.argmax(1) if transform else labels
+            wrong += (outputs.logits.argmax(1) != classes).sum().item()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -101,18 +122,40 @@ LOGITS, LABELS = torch.tensor(CLASSIFIERS, dtype=torch.float64).log(), torch.ten
 
 def test_evaluate_gives_metrics_of_trained_classifiers_and_of_their_mean_probability():
     record = engine.evaluate(LOGITS, LABELS, [True, True])
-    assert record["val"] == classification_metrics(LOGITS[2], LABELS)
-    assert record["exits"] == [classification_metrics(LOGITS[i], LABELS) for i in range(2)]
+    expected = [classification_metrics(z, LABELS) | extended_metrics(z, LABELS) for z in LOGITS]
+    assert record["val"] == expected[2]
+    assert record["exits"] == expected[:2]
+    assert record["ensemble"].keys() == METRICS.keys()
     # (0.8 + 0.1 + 0.4) / 3 for class 0 of the first image, (0.7 + 0.1 + 0.8) / 3 for class 1 of the second.
     assert record["ensemble"]["nll"] == pytest.approx(-(log(1.3 / 3) + log(1.6 / 3)) / 2, rel=1e-12)
     record = engine.evaluate(LOGITS, LABELS, [True, False])
-    assert record["exits"][1] is None
+    assert record["exits"] == [expected[0], None] and record["val"] == expected[2]
+    assert engine.evaluate(LOGITS, LABELS, [False, True])["exits"] == [None, expected[1]]
     assert record["ensemble"]["nll"] == pytest.approx(-(log(0.6) + log(0.75)) / 2, rel=1e-12)
     assert engine.evaluate(LOGITS, LABELS, [False, False])["ensemble"] is None
     assert engine.evaluate(LOGITS[2:], LABELS, []) == {"val": record["val"], "exits": [], "ensemble": None}
     # -log((exp(-800) + exp(-900)) / 2) = 800 + log 2, though exp(-800) is 0 in float64.
     record = engine.evaluate(torch.tensor([[[0.0, 800.0]], [[0.0, 900.0]]]), LABELS[:1], [True])
     assert record["ensemble"]["nll"] == pytest.approx(800 + log(2), rel=1e-12)
+
+
+def test_evaluate_in_chunks_of_rows_gives_every_row_its_metrics(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 50, 7, generator=generator), torch.randint(7, (50,), generator=generator)
+    expected = engine.evaluate(logits, labels, [True, True])
+    monkeypatch.setattr(metrics, "CHUNK", 3 * 7)
+    record = engine.evaluate(logits, labels, [True, True])
+    for name in METRICS:
+        for part in ("val", "ensemble"):
+            assert record[part][name] == pytest.approx(expected[part][name], rel=1e-12)
+
+
+@pytest.mark.parametrize("classifier", [0, 2])
+def test_evaluate_refuses_logits_that_are_not_finite_by_an_error_of_their_own(classifier):
+    logits = LOGITS.clone()
+    logits[classifier, 1, 0] = nan
+    with pytest.raises(NonFiniteError):
+        engine.evaluate(logits, LABELS, [True, True])
 
 
 def test_find_not_finite_names_loss_terms_or_else_parameter_or_buffer():
