@@ -233,12 +233,17 @@ def _too_large(num: int, size: Size, own_size: Size | None) -> UserError:
 
 def _common_size(files: list[str], workers: int) -> Size | None:
     """The size that all images have; None where they have several, or one too large to be kept."""
-    common = None
-    with _in_threads(_read_size, files, workers) as sizes:
-        for size in sizes:
-            common = common or size
-            if size not in (None, common):
+
+    def sizes(rows: range) -> set[Size]:
+        return {_read_size(files[row]) for row in rows} - {None}
+
+    found = set()
+    with _in_threads(sizes, len(files), workers) as results:
+        for _, some in results:
+            found |= some
+            if len(found) > 1:
                 return None
+    common = found.pop() if found else None
     return common if common and max(common) <= LARGEST else None
 
 
@@ -246,20 +251,30 @@ def _decode(files: list[str], size: Size, workers: int) -> tuple[np.ndarray, lis
     """(len(files), *size, 3) uint8, RGB; and a line for each file that is not an image."""
     images = np.empty((len(files), *size, 3), dtype=np.uint8)
 
-    def decode(row: int) -> str | None:
-        try:
-            images[row] = read_image(files[row], size)
-        except UserError as e:
-            return str(e)
+    def decode(rows: range) -> list[str]:
+        errors = []
+        for row in rows:
+            try:
+                images[row] = read_image(files[row], size)
+            except UserError as e:
+                errors.append(str(e))
+        return errors
 
-    with _in_threads(decode, range(len(files)), workers) as results:
-        progress = tqdm(results, "decoding", len(files), unit="img", leave=False, disable=None)
-        return images, [error for error in progress if error]
+    errors = []
+    bar = tqdm(desc="decoding", total=len(files), unit="img", leave=False, disable=None)
+    with bar, _in_threads(decode, len(files), workers) as results:
+        for rows, some in results:
+            errors += some
+            bar.update(len(rows))
+    return images, errors
 
 
 @contextlib.contextmanager
-def _in_threads(function: Callable, items, workers: int) -> Iterator[Iterator]:
-    """Gives the results of function(item) in order; threads share memory and import nothing."""
+def _in_threads(function: Callable, num: int, workers: int) -> Iterator[Iterator[tuple]]:
+    """Gives (rows, function(rows)) for parts of the rows 0 .. num - 1, in order. Threads share memory and import
+    nothing."""
+    step = min(32, 1 + num // (8 * max(1, workers)))  # a task per file would take more memory than small images
+    parts = [range(num)[start : start + step] for start in range(0, num, step)]
     # Closing the results cancels what has not begun, after an error or a signal.
-    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(function, items)) as results:
-        yield results
+    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(function, parts)) as results:
+        yield zip(parts, results, strict=True)
