@@ -28,12 +28,20 @@ from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
 from utils.cuda_graph import GraphedStep
-from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.errors import Interrupted, UserError, describe_error, first_line, print_error, run_command, signals_raise
+from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
+from utils.errors import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    describe_error,
+    first_line,
+    print_error,
+    run_command,
+    signals_raise,
+)
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import machine_facts, seed_generators, set_up_torch
-from utils.metrics import NonFiniteError
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
@@ -112,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as e:
         return 128 + e.number
-    except (UserError, OSError, MemoryError, RuntimeError) as e:
+    except Exception as e:
         message = describe_error(e, args)
         if message is None:
             raise
@@ -173,13 +181,13 @@ def train(args, device: torch.device) -> None:
             train_loader.set_epoch(epoch)
             trained = train_one_epoch(step, train_loader, logger.bar)
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
-            if bad := find_not_finite(model, trained["train"]):
-                raise not_finite(bad, epoch, args)
+            if bad := first_nonfinite(model, trained["train"]):
+                raise NonFiniteError(f"epoch {epoch + 1}: {bad} is not finite")
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
             if run.is_main:
-                measured = measure(*predictions, epoch, args)
+                measured = evaluate(*predictions, trained_exits(args))
                 timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
                 record = {**settings, **trained, **timing, **measured}
@@ -235,22 +243,6 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
     run.finish(test)  # last: nothing more is done for a run that is finished
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:
-    """`evaluate`, with an error for the user where a logit is not finite."""
-    try:
-        return evaluate(logits, labels, trained_exits(args))
-    except NonFiniteError:
-        raise not_finite("a logit", epoch, args) from None
-
-
-def not_finite(what: str, epoch: int, args) -> UserError:
-    """The error that stops a run: what is not finite since which epoch, and what to try."""
-    remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
-    return UserError(
-        f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); earlier checkpoints are kept; try {remedy}"
-    )
-
-
 def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
     complete in rank 0; empty without a test split."""
@@ -267,7 +259,7 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         if not run.is_main:
             continue
         epoch = checkpoint["epoch"]
-        record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
+        record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
             model.temperatures = record["temperatures"]
@@ -290,7 +282,7 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
     for run in runs:
         try:
             found[str(run)] = evaluate_checkpoint(run, argv, device)
-        except (UserError, OSError, MemoryError, RuntimeError) as e:
+        except Exception as e:
             if is_one or distributed.world_size() > 1:  # of several processes, the others may wait for this one
                 raise
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
@@ -353,7 +345,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         "epoch": checkpoint["epoch"],
         "images": loader.record["splits"][split],
         "images_of_the_run": recorded.get(split),
-        **measure(logits, labels, checkpoint["epoch"], own),
+        **evaluate(logits, labels, trained_exits(own)),
     }
 
 

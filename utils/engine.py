@@ -261,7 +261,7 @@ def ensemble_logits(members: list[Tensor]) -> Tensor:
     return torch.cat(chunks)
 
 
-def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:
+def first_nonfinite(model: nn.Module, means: dict[str, float]) -> str | None:
     """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
     Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.

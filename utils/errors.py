@@ -18,6 +18,10 @@ class UserError(Exception):
     """
 
 
+class NonFiniteError(ValueError):
+    """A NaN or an infinity in the loss, the weights or the logits; the message says where."""
+
+
 class Interrupted(BaseException):
     """A signal arrived; `number` is the signal's. Not an Exception, so that no handler on the way swallows it."""
 
@@ -56,6 +60,9 @@ def describe_error(error: Exception, args) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, NonFiniteError):
+        remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+        return f"{error} (NaN or infinity); earlier checkpoints are kept; try {remedy}"
     if isinstance(error, BrokenPipeError):
         return f"standard output: {error.strerror}"
     if isinstance(error, OSError):

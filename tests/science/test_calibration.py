@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils.calibration import calibrate, early_exit_curve, fit_temperature, pnorm_augrc, pnorm_confidences
-from utils.metrics import NonFiniteError, classification_metrics, extended_metrics
+from utils.errors import NonFiniteError
+from utils.metrics import classification_metrics, extended_metrics
 
 
 def classifiers(seed: int, num_images: int = 200):

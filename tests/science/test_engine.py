@@ -11,7 +11,8 @@ from loss import build_objective
 from main import parse_args
 from models import build_model
 from utils import distributed, engine, flags, metrics
-from utils.metrics import METRICS, NonFiniteError, classification_metrics, extended_metrics
+from utils.errors import NonFiniteError
+from utils.metrics import METRICS, classification_metrics, extended_metrics
 
 
 class Batches:
@@ -128,7 +129,7 @@ def test_fp16_skips_a_step_whose_gradients_overflow_and_keeps_its_predictions():
     assert step.scaler.state_dict()["scale"] == 2.0**37
     assert 0 < skipped["train"]["loss"] < inf and 0 < skipped["train"]["byot_hint"] < inf
     torch.testing.assert_close(objective.targets.memory.sum(dim=1), torch.ones(8))
-    assert engine.find_not_finite(model, skipped["train"]) is None
+    assert engine.first_nonfinite(model, skipped["train"]) is None
 
     step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": 64.0})
     trained = engine.train_one_epoch(step, Batches(range(8)))
@@ -207,11 +208,11 @@ def test_evaluate_refuses_logits_that_are_not_finite_by_an_error_of_their_own(cl
         engine.evaluate(logits, LABELS, [True, True])
 
 
-def test_find_not_finite_names_loss_terms_or_else_parameter_or_buffer():
+def test_first_nonfinite_names_loss_terms_or_else_parameter_or_buffer():
     model, means = build()[0], {"loss": 1.5, "ce": 1.0, "dml": 0.5, "top1_error": 50.0}
-    assert engine.find_not_finite(model, means) is None
-    assert engine.find_not_finite(model, means | {"loss": nan, "ce": inf, "dml": nan}) == "ce, dml"
-    assert engine.find_not_finite(model, means | {"loss": inf}) == "loss"
+    assert engine.first_nonfinite(model, means) is None
+    assert engine.first_nonfinite(model, means | {"loss": nan, "ce": inf, "dml": nan}) == "ce, dml"
+    assert engine.first_nonfinite(model, means | {"loss": inf}) == "loss"
     for name, value in (("layer2.0.bn1.running_var", inf), ("bn1.running_mean", -inf), ("bn1.bias", nan)):
         model.state_dict()[name][2] = value
-        assert engine.find_not_finite(model, means) == name
+        assert engine.first_nonfinite(model, means) == name
