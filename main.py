@@ -21,19 +21,27 @@ import torch
 import data
 import loss
 import models
-from data import check_same_images, load_splits
+from data import build_transform, check_same_images, load_splits
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
 from utils.cuda_graph import GraphedStep
-from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.errors import Interrupted, UserError, describe_error, first_line, print_error, run_command, signals_raise
+from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
+from utils.errors import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    describe_error,
+    first_line,
+    print_error,
+    run_command,
+    signals_raise,
+)
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import machine_facts, seed_generators, set_up_torch
-from utils.metrics import NonFiniteError
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
@@ -112,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as e:
         return 128 + e.number
-    except (UserError, OSError, MemoryError, RuntimeError) as e:
+    except Exception as e:
         message = describe_error(e, args)
         if message is None:
             raise
@@ -146,7 +154,11 @@ def train(args, device: torch.device) -> None:
 
         # the training step, perhaps in several processes, perhaps captured
         network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
-        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
+        transform = build_transform(args, train_loader.num_classes)
+        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
+        states["scaler"] = step.scaler  # of fp16
+        if checkpoint and checkpoint.get("scaler"):
+            step.scaler.load_state_dict(checkpoint["scaler"])
         if args.cuda_graph:
             step = GraphedStep(step)
 
@@ -169,13 +181,13 @@ def train(args, device: torch.device) -> None:
             train_loader.set_epoch(epoch)
             trained = train_one_epoch(step, train_loader, logger.bar)
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
-            if bad := find_not_finite(model, trained["train"]):
-                raise not_finite(bad, epoch, args)
+            if bad := first_nonfinite(model, trained["train"]):
+                raise NonFiniteError(f"epoch {epoch + 1}: {bad} is not finite")
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
             if run.is_main:
-                measured = measure(*predictions, epoch, args)
+                measured = evaluate(*predictions, trained_exits(args))
                 timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
                 record = {**settings, **trained, **timing, **measured}
@@ -197,6 +209,8 @@ def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) 
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
+    if args.val_split is not None and "test" not in loaders:
+        images += ", no test split"
     machine = machine_facts(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
@@ -212,7 +226,7 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
         predictions = predict(model, loaders["val"], args.precision)
     test = None
     if args.val_split is not None:
-        test = evaluate_test_split(args, run, model, loaders["val"], loaders["test"])
+        test = evaluate_test_split(args, run, model, loaders["val"], loaders.get("test"))
     if not run.is_main:
         return
 
@@ -229,26 +243,12 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
     run.finish(test)  # last: nothing more is done for a run that is finished
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:
-    """`evaluate`, with an error for the user where a logit is not finite."""
-    try:
-        return evaluate(logits, labels, trained_exits(args))
-    except NonFiniteError:
-        raise not_finite("a logit", epoch, args) from None
-
-
-def not_finite(what: str, epoch: int, args) -> UserError:
-    """The error that stops a run: what is not finite since which epoch, and what to try."""
-    remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
-    return UserError(
-        f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); earlier checkpoints are kept; try {remedy}"
-    )
-
-
 def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
-    complete in rank 0."""
+    complete in rank 0; empty without a test split."""
     trained, test = trained_exits(args), {}
+    if test_loader is None:
+        return test
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
@@ -259,7 +259,7 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         if not run.is_main:
             continue
         epoch = checkpoint["epoch"]
-        record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
+        record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
             model.temperatures = record["temperatures"]
@@ -282,7 +282,7 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
     for run in runs:
         try:
             found[str(run)] = evaluate_checkpoint(run, argv, device)
-        except (UserError, OSError, MemoryError, RuntimeError) as e:
+        except Exception as e:
             if is_one or distributed.world_size() > 1:  # of several processes, the others may wait for this one
                 raise
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
@@ -317,29 +317,35 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
-    experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
-    own = parse_args(argv, fail, experiment)
-    if changes := build_parser().differences(saved, vars(own) | {"precision": saved.get("precision")}):
-        raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
+    with reading(path):
+        saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
+        experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
+        own = parse_args(argv, fail, experiment)
+        if changes := build_parser().differences(saved, vars(own) | {"precision": saved.get("precision")}):
+            raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
+        model = build_model(own, len(checkpoint["data"]["class_names"]))
+        load_states(checkpoint, path, model=model)
+
     set_up_torch(device, own.precision)
+    model = model.to(device, memory_format=torch.channels_last)
     loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
+    # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
     if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
         split = "test"
+    if split not in loaders:
+        raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")
     loader = loaders[split]
     if distributed.is_main():
         kind = "test" if own.val_split is None or split == "test" else "held-out training"
         print(f"{path}: {loader.num_samples} {kind} images")
-    model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
-    load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)
     return {
         "checkpoint": str(path),
         "epoch": checkpoint["epoch"],
         "images": loader.record["splits"][split],
-        "images_of_the_run": recorded[split],
-        **measure(logits, labels, checkpoint["epoch"], own),
+        "images_of_the_run": recorded.get(split),
+        **evaluate(logits, labels, trained_exits(own)),
     }
 
 

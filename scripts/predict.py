@@ -2,7 +2,8 @@
 
 Prints per image the class, its confidence, which classifier decided, and the multiply-adds that it took as a share of
 the backbone's. Confidence is after each classifier's temperature, fitted where the run had --val_split. A folder
-stands for the JPEG and PNG files in it and below. A file that is not an image gives one line, and the others continue.
+stands for the images in it and below, without hidden ones. Images are prepared as those that the run was trained on.
+A file that is not an image gives one line, and the others continue.
 """
 
 import argparse
@@ -11,19 +12,21 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.loader import resize
-from data.readers import read_pixels
+from data.images import list_images, note_skipped, read_image
+from data.loader import Loader
+from data.readers import Split
 from models import load_run
 from models.exits import confidence
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.flags import number_type
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+BATCH_SIZE = 128
+HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,43 +43,77 @@ def main(argv: list[str] | None = None) -> int:
             args.csv.touch()  # before the work, not after it
         model, info = load_run(args.run, args.epoch)
     except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         return 1
     if info["temperatures"] is None:
-        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on"
+        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on, or no test split"
         print(f"note: {text}", file=sys.stderr)
     costs, backbone = model.multiply_adds(info["image_size"])
     if args.threshold > 1:
         costs[-1] = backbone  # no exit is computed
-    paths, rows = [], []
-    for path in args.images:
-        paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) or [path]
-    for path in tqdm(paths, unit="img", leave=False, disable=None):  # None: without a terminal
-        try:
-            pixels = resize(torch.tensor(read_pixels(path))[None], info["image_size"])
-        except UserError as e:
-            tqdm.write(f"error: {e}", file=sys.stderr)
-            continue
-        images = normalize(pixels.permute(0, 3, 1, 2) / 255, info["mean"], info["std"])  # (1, 3, S, S), as in training
-        logits, decided_by = model.predict_early(images, args.threshold)
-        name, number = info["class_names"][logits.argmax()], decided_by.item()
-        is_final = number == model.num_stages
-        i = -1 if is_final else number - 1
-        certainty = confidence(logits[0], model.temperatures[i]).item()
-        rows.append((path, name, certainty, "final" if is_final else f"exit {number}", 100 * costs[i] / backbone))
+    shares = [100 * cost / backbone for cost in costs]
+    paths = find_images(args.images)
+    rows = []
+    with tqdm(total=len(paths), unit="img", leave=False, disable=None) as bar:  # None: without a terminal
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = paths[start : start + BATCH_SIZE]
+            rows += classify(model, info, batch, args.threshold, shares)
+            bar.update(len(batch))
     if args.csv:
-        with open(args.csv, "w", newline="") as f:
+        with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:  # names as they are
             writer = csv.writer(f)
-            writer.writerow(["image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)"])
+            writer.writerow(HEADINGS)
             writer.writerows(rows)
     else:
         for path, name, certainty, classifier, share in rows:
-            print(f"{path}: {name}  {100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)")
+            text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)"
+            print(f"{printable(path)}: {printable(name)}  {text}")
     return 0 if len(rows) == len(paths) else 1
+
+
+def find_images(given: list[Path]) -> list[str]:
+    """Files as they are given, and the images in folders; a folder without one stays, to become an error."""
+    paths = []
+    for path in given:
+        images = [str(path)]
+        if path.is_dir():
+            images, others = list_images(path)
+            note_skipped(path, others)
+        paths += images or [str(path)]
+    return paths
+
+
+def classify(model, info: dict, paths: list[str], threshold: float, shares: list[float]) -> list[tuple]:
+    """A row (HEADINGS) per image; an error is printed for each file that is none.
+
+    shares: of the backbone's multiply-adds, what stopping at each exit and going to the end take.
+    """
+    found, pixels = [], []
+    for path in paths:
+        try:
+            pixels.append(read_image(path, tuple(info["stored_size"])))
+            found.append(path)
+        except UserError as e:
+            tqdm.write(f"error: {printable(str(e))}", file=sys.stderr)
+    if not found:
+        return []
+    rows = []
+    split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that are not used
+    for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
+        logits, decided_by = model.predict_early(images, threshold)
+        for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
+            name = info["class_names"][image_logits.argmax()]
+            is_final = number == model.num_stages
+            i = -1 if is_final else number - 1
+            certainty = confidence(image_logits, model.temperatures[i]).item()
+            classifier = "final" if is_final else f"exit {number}"
+            rows.append((found[row], name, certainty, classifier, shares[i]))
+    return rows
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
+    sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal lacks a letter
     try:
         sys.exit(main())
     except OSError as e:

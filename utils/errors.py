@@ -18,6 +18,10 @@ class UserError(Exception):
     """
 
 
+class NonFiniteError(ValueError):
+    """A NaN or an infinity in the loss, the weights or the logits; the message says where."""
+
+
 class Interrupted(BaseException):
     """A signal arrived; `number` is the signal's. Not an Exception, so that no handler on the way swallows it."""
 
@@ -56,23 +60,35 @@ def describe_error(error: Exception, args) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, NonFiniteError):
+        remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+        return f"{error} (NaN or infinity); earlier checkpoints are kept; try {remedy}"
     if isinstance(error, BrokenPipeError):
         return f"standard output: {error.strerror}"
     if isinstance(error, OSError):
         path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
-    chain, e = [], error  # an error inside a graph capture hides the one that caused it
-    while e is not None:
-        chain.append(e)
-        e = e.__cause__ or e.__context__
-    if any(isinstance(e, MemoryError) or any(text in str(e) for text in OUT_OF_MEMORY) for e in chain):
+    if is_out_of_memory(error):
         return (
             f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size, --image_size or"
             " --width, or use --precision bf16"
         )
-    if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in chain):
+    if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error)):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return any(isinstance(e, MemoryError) or any(text in str(e) for text in OUT_OF_MEMORY) for e in _chain(error))
+
+
+def _chain(error: Exception) -> list[BaseException]:
+    """An error and what caused it, such as one inside a graph capture, which another hides."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
 
 
 def printable(text: str) -> str:

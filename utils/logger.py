@@ -51,8 +51,8 @@ class Logger:
         with tqdm(total=loader.num_samples, desc=text, unit="img", leave=False, mininterval=1, disable=disable) as bar:
             for batch in loader:
                 yield batch
-                if bar.update(min(loader.batch_size, loader.num_samples - bar.n)):  # drawn, once per second
-                    means = meter.own_means(bar.n)  # waits for the device
+                if bar.update(meter.num_images - bar.n):  # drawn, once per second
+                    means = meter.local_means()  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
     def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[dict]) -> None:
@@ -92,7 +92,7 @@ class Logger:
 
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
-        test = results["test"]["last"]["val"] if "test" in results else {}
+        test = results["test"]["last"]["val"] if results.get("test") else {}
         values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
         self.info(results_table(results))

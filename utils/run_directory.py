@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils import distributed
-from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, write_checkpoint
+from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, reading, write_checkpoint
 from utils.errors import Interrupted, UserError
 from utils.files import link_atomic, write_atomic
 from utils.records import best_record
@@ -103,9 +103,10 @@ class RunDirectory:
             if self.flags["resume"] is None:
                 return None, None, False
         checkpoint, source, note = find_checkpoint(self.path if is_here else Path(self.flags["resume"]))
-        if is_here and self.flags["resume"] is not None:
-            self._check_origin(checkpoint)
-        self._check_flags(checkpoint, source)
+        with reading(source):
+            if is_here and self.flags["resume"] is not None:
+                self._check_origin(checkpoint)
+            self._check_flags(checkpoint, source)
         done, wanted = len(checkpoint["history"]), self.flags["end_epoch"]
         self._num_saved = done if is_here else 0
         if note:

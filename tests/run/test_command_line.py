@@ -193,8 +193,8 @@ def test_any_flags_are_refused_by_name_or_end_in_finite_metrics(switches, values
             return
         for record in read_records(Path(parent, "run")):
             for numbers in filter(None, (record["train"], record["val"], record["ensemble"], *record["exits"])):
-                defined = [value for value in numbers.values() if value is not None]  # AUROC: only with right and wrong
-                assert all(map(math.isfinite, defined)) and numbers["top1_error"] <= 100
+                assert all(math.isfinite(number) for number in numbers.values() if number is not None)
+                assert numbers["top1_error"] <= 100
 
 
 def test_ctrl_c_while_pytorch_is_imported_and_a_run_from_a_strange_directory_whose_pager_was_left(tmp_path):

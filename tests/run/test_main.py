@@ -132,8 +132,8 @@ def test_val_only_on_a_directory_of_runs_goes_past_bad_ones(folders, monkeypatch
         "not finite",
         "--width: -5",
         "--image_size",
-        "e: manual_seed",
-        "new/train",
+        "manual_seed",
+        "new is not a directory",
         "g/",
     )
     assert all(words in error for words in named), error

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils.calibration import calibrate, early_exit_curve, fit_temperature, pnorm_augrc, pnorm_confidences
-from utils.metrics import NonFiniteError, classification_metrics, extended_metrics
+from utils.errors import NonFiniteError
+from utils.metrics import classification_metrics, extended_metrics
 
 
 def classifiers(seed: int, num_images: int = 200):
@@ -142,3 +143,6 @@ def test_threshold_is_chosen_on_heldout_images_by_hand():
     # Whatever the test logits and labels are, the choice is the same.
     other = results[1]["chosen"]
     assert other["threshold"] == chosen["threshold"] and other["accuracy"] == pytest.approx(100 - chosen["accuracy"])
+    # On held-out images a cheaper backbone costs less than 2.2, that threshold's cost, and on test images more than 1.
+    never = early_exit_curve(heldout, (30 * heldout[0], labels), [1.0, 1.0], [1, 3], 2)
+    assert never["chosen"] == never["curve"][-1]

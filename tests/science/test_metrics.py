@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.errors import NonFiniteError
 from utils.metrics import (
     CHUNK,
     METRICS,
-    NonFiniteError,
     adaptive_calibration_error,
     augrc,
     auroc_failure,
