@@ -57,7 +57,7 @@ class ReadOptions(NamedTuple):
         return self.size or own_size or (self.image_size, self.image_size)
 
 
-def list_images(folder: Path) -> tuple[list[str], list[str]]:
+def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The image files in a folder and below it, sorted by folder, then name; and the other files, hidden ones and
     those whose suffix is not an image's."""
     images, others = [], []
@@ -70,7 +70,7 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
     return images, others
 
 
-def note_skipped(folder: Path, others: list[str]) -> None:
+def note_skipped(folder: str | Path, others: list[str]) -> None:
     """One line on standard error that counts the files which `list_images` left out."""
     if others:
         files = "1 file" if len(others) == 1 else f"{len(others)} files"
@@ -227,8 +227,8 @@ def _decode_splits(splits: dict[str, list[str]], size: Size, workers: int) -> di
 def _too_large(num: int, size: Size, own_size: Size | None) -> UserError:
     gigabytes = num * size[0] * size[1] * 3 / 1e9
     what = f"{num} images of {size[0]} x {size[1]} pixels ({gigabytes:.3g} GB) do not fit into memory"
-    remedy = "use fewer image files" + (", smaller ones" if size == own_size else ", a lower --image_size")
-    return UserError(f"{what}: {remedy}, or fewer --workers, which decode one each")
+    remedy = "use fewer or smaller image files" if size == own_size else "use fewer image files, a lower --image_size"
+    return UserError(f"{what}: {remedy}, or fewer --workers, each of which decodes one at a time")
 
 
 def _common_size(files: list[str], workers: int) -> Size | None:
