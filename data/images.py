@@ -40,6 +40,7 @@ UPRIGHT = {
 }
 
 Size = tuple[int, int]  # height, width in pixels
+Arrays = dict[str, np.ndarray]  # of each split, by its name: (M, H, W, 3) uint8, RGB
 
 
 class ReadOptions(NamedTuple):
@@ -154,7 +155,7 @@ def _read_size(path: str) -> Size | None:
         return None
 
 
-def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions) -> dict[str, np.ndarray]:
+def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions) -> Arrays:
     """The images of each split's files, (M, H, W, 3) uint8, all of one size, from the cache in `folder`, or decoded and
     then cached there.
 
@@ -168,11 +169,7 @@ def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions
     images = _read_cache(cache_file, splits, keys, options)
     if images is None:
         own_size = _common_size([file for files in splits.values() for file in files], options.workers)
-        size = options.stored_size(own_size)
-        try:
-            images = _decode_splits(splits, size, options.workers)
-        except MemoryError:
-            raise _too_large(sum(map(len, splits.values())), size, own_size) from None
+        images = _decode_splits(splits, own_size, options)
         if not options.read_only:
             _write_cache(cache_file, keys, images, own_size)
     return images
@@ -186,23 +183,27 @@ def _key(folder: Path, files: list[str]) -> str:
     return hashlib.sha256(repr((VERSION, facts)).encode()).hexdigest()
 
 
-def _read_cache(path: Path, splits: dict, keys: dict[str, str], options: ReadOptions) -> dict[str, np.ndarray] | None:
+def _read_cache(path: Path, splits: dict, keys: dict[str, str], options: ReadOptions) -> Arrays | None:
     """The arrays of the splits with these keys; None where they are missing, damaged, or have another size than
     decoding would give them."""
+    images = {}
     # Missing, or damaged, for which every part of the format has an exception of its own: made again.
     with contextlib.suppress(Exception), np.load(path) as arrays:
-        if any(str(arrays[f"{name}_key"]) != key for name, key in keys.items()):
-            return None
-        size = options.stored_size(tuple(arrays["own_size"].tolist()))
-        images = {name: arrays[name] for name in keys}
-        # The zip's checksum has been verified if the array was read to its end.
-        if all(part.shape == (len(splits[name]), *size, 3) for name, part in images.items()):
-            return images
-    return None
+        own_size = tuple(arrays["own_size"].tolist())
+        size = options.stored_size(own_size)
+        for name, files in splits.items():
+            if str(arrays[f"{name}_key"]) != keys[name]:
+                continue
+            pixels = arrays[name]
+            if pixels.shape == (len(files), *size, 3):  # read to its end, so that the zip's checksum was verified
+                images[name] = pixels
+    return images if images.keys() == splits.keys() else None
 
 
-def _write_cache(path: Path, keys: dict[str, str], images: dict[str, np.ndarray], own_size: Size | None) -> None:
-    arrays = {**images, **{f"{name}_key": key for name, key in keys.items()}, "own_size": own_size or ()}
+def _write_cache(path: Path, keys: dict[str, str], images: Arrays, own_size: Size | None) -> None:
+    arrays = {**images, "own_size": own_size or ()}
+    for name, key in keys.items():
+        arrays[f"{name}_key"] = key
     megabytes = sum(part.nbytes for part in images.values()) / 1e6
     if distributed.is_local_main():
         print(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files", flush=True)
@@ -212,22 +213,29 @@ def _write_cache(path: Path, keys: dict[str, str], images: dict[str, np.ndarray]
         _print_note(f"{path} cannot be written: every start decodes the images again")
 
 
-def _decode_splits(splits: dict[str, list[str]], size: Size, workers: int) -> dict[str, np.ndarray]:
-    """Raises UserError, which names the first ten files that are not images."""
+def _decode_splits(splits: dict[str, list[str]], own_size: Size | None, options: ReadOptions) -> Arrays:
+    """Raises UserError, which names the first ten files that are not images, or says what does not fit into memory."""
+    size = options.stored_size(own_size)
     images, errors = {}, []
-    for name, files in splits.items():
-        images[name], found = _decode(files, size, workers)
-        errors += found
+    try:
+        for name, files in splits.items():
+            images[name], found = _decode(files, size, options.workers)
+            errors += found
+    except MemoryError:
+        num = sum(len(files) for files in splits.values())
+        raise _too_large(num, size, size == own_size) from None
     if errors:
+        named = "; ".join(errors[:10])
         more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise UserError("; ".join(errors[:10]) + more)
+        raise UserError(named + more)
     return images
 
 
-def _too_large(num: int, size: Size, own_size: Size | None) -> UserError:
-    gigabytes = num * size[0] * size[1] * 3 / 1e9
-    what = f"{num} images of {size[0]} x {size[1]} pixels ({gigabytes:.3g} GB) do not fit into memory"
-    remedy = "use fewer or smaller image files" if size == own_size else "use fewer image files, a lower --image_size"
+def _too_large(num: int, size: Size, is_own_size: bool) -> UserError:
+    height, width = size
+    gigabytes = num * height * width * 3 / 1e9
+    what = f"{num} images of {height} x {width} pixels ({gigabytes:.3g} GB) do not fit into memory"
+    remedy = "use fewer or smaller image files" if is_own_size else "use fewer image files, a lower --image_size"
     return UserError(f"{what}: {remedy}, or fewer --workers, each of which decodes one at a time")
 
 

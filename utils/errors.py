@@ -128,3 +128,8 @@ def run_command(command: Callable[[], int | None]) -> None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def first_names(names: list[str]) -> str:
+    """At most five names, and dots where there are more."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
