@@ -1,7 +1,10 @@
 """Train and evaluate image classifiers with PS-KD, BYOT and DML: flags in, a run directory out."""
 
 import signal
+import sys
 
+if sys.platform == "win32":
+    sys.exit("error: Linux and macOS only, because files are locked as POSIX does it; on Windows, use WSL")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
@@ -9,7 +12,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,27 +21,35 @@ import torch
 import data
 import loss
 import models
-from data import check_same_images, load_splits
+from data import build_transform, check_same_images, load_splits
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
 from utils.cuda_graph import GraphedStep
-from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.errors import Interrupted, UserError, describe_error, first_line, signals_raise
+from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
+from utils.errors import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    describe_error,
+    first_line,
+    print_error,
+    run_command,
+    signals_raise,
+)
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import machine_facts, seed_generators, set_up_torch
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
-PER_MACHINE = ("data_path", "workers", "experiments_dir")  # flags in which the processes of one run may differ
 
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(fail: Callable | None = None) -> flags.Parser:
     """Every flag, declared by the package that it belongs to."""
     parser = flags.Parser(
+        fail,
         prog="main.py",
         usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
@@ -53,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+RUNTIME_FLAGS = build_parser().names("runtime", "machine")  # all others define the experiment
+PER_MACHINE = build_parser().names("machine")  # in which the processes of one run may differ
+
+
 def parse_args(
     argv: list[str] | None = None, fail: Callable | None = None, saved: dict | None = None
 ) -> argparse.Namespace:
@@ -61,19 +75,22 @@ def parse_args(
     A bad value ends the process with status 2, argparse's usage line and one sentence; or calls `fail(message)`,
     which must not return. `saved` are flags of a checkpoint, which hold where the command line does not say otherwise.
     """
-    parser = build_parser()
-    parser.error = fail or parser.error
+    parser = build_parser(fail)
     try:
         distributed.check_environment()
     except ValueError as e:
         parser.exit(2, f"main.py: error: {e}\n")
-    args = parser.parse_args(argv, argparse.Namespace(**(saved or {})))
-    args.allow_change = sorted({*args.allow_change, *["end_epoch"] * args.allow_end_epoch_change})
+    args = parser.parse_args(argv, parser.namespace(saved or {}))
     if args.run_name is None:
         args.run_name = "val_only" if args.val_only else default_run_name(args)
     for package in (loss, data, models, flags):
         package.check_flags(args, parser.error)
     return args
+
+
+def default_args() -> argparse.Namespace:
+    """Every flag at its default, unchecked: `auto` stays, and no device is touched."""
+    return build_parser().parse_args([])
 
 
 def default_run_name(args) -> str:
@@ -84,7 +101,7 @@ def default_run_name(args) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a user error, printed on one line, 2 wrong flags, 128 + n
-    after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal)."""
+    after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, 138 SIGUSR1 and 140 SIGUSR2 on Linux)."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     status = 1
@@ -103,20 +120,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as e:
         return 128 + e.number
-    except (UserError, OSError, MemoryError, RuntimeError) as e:
+    except Exception as e:
         message = describe_error(e, args)
         if message is None:
             raise
     if not distributed.is_main():
         distributed.wait_for_rank_0()
         message = f"process {os.environ['RANK']}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_error(message)
     return status
 
 
 def train(args, device: torch.device) -> None:
     """Train from the run directory's last checkpoint to --end_epoch, and report."""
-    with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args)) as run:
+    with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args), build_parser().differences) as run:
         # where the run starts: flags are compared before any image is read, images before anything is written
         checkpoint = run.open()
         loaders = load_splits(args, device, checkpoint["data"] if checkpoint else None)
@@ -137,7 +154,11 @@ def train(args, device: torch.device) -> None:
 
         # the training step, perhaps in several processes, perhaps captured
         network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
-        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
+        transform = build_transform(args, train_loader.num_classes)
+        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
+        states["scaler"] = step.scaler  # of fp16
+        if checkpoint and checkpoint.get("scaler"):
+            step.scaler.load_state_dict(checkpoint["scaler"])
         if args.cuda_graph:
             step = GraphedStep(step)
 
@@ -147,7 +168,8 @@ def train(args, device: torch.device) -> None:
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
         notes = flags.notes(args, device)
-        logger.start(headline(args, device, model, loaders), notes, vars(args), train_loader, run.history)
+        experiment = {name: value for name, value in vars(args).items() if name not in RUNTIME_FLAGS}
+        logger.start(headline(args, device, model, loaders), notes, experiment, train_loader, run.history)
 
         # training loop
         predictions = None
@@ -159,13 +181,13 @@ def train(args, device: torch.device) -> None:
             train_loader.set_epoch(epoch)
             trained = train_one_epoch(step, train_loader, logger.bar)
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
-            if bad := find_not_finite(model, trained["train"]):
-                raise not_finite(bad, epoch, args)
+            if bad := first_nonfinite(model, trained["train"]):
+                raise NonFiniteError(f"epoch {epoch + 1}: {bad} is not finite")
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
             if run.is_main:
-                measured = measure(*predictions, epoch, args)
+                measured = evaluate(*predictions, trained_exits(args))
                 timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
                 record = {**settings, **trained, **timing, **measured}
@@ -187,6 +209,8 @@ def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) 
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
+    if args.val_split is not None and "test" not in loaders:
+        images += ", no test split"
     machine = machine_facts(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
@@ -202,7 +226,7 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
         predictions = predict(model, loaders["val"], args.precision)
     test = None
     if args.val_split is not None:
-        test = evaluate_test_split(args, run, model, loaders["val"], loaders["test"])
+        test = evaluate_test_split(args, run, model, loaders["val"], loaders.get("test"))
     if not run.is_main:
         return
 
@@ -219,26 +243,12 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
     run.finish(test)  # last: nothing more is done for a run that is finished
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:
-    """`evaluate`, with an error for the user where a logit is not finite."""
-    try:
-        return evaluate(logits, labels, trained_exits(args))
-    except ValueError:
-        raise not_finite("a logit", epoch, args) from None
-
-
-def not_finite(what: str, epoch: int, args) -> UserError:
-    """The error that stops a run: what is not finite since which epoch, and what to try."""
-    remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
-    return UserError(
-        f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); earlier checkpoints are kept; try {remedy}"
-    )
-
-
 def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
-    complete in rank 0."""
+    complete in rank 0; empty without a test split."""
     trained, test = trained_exits(args), {}
+    if test_loader is None:
+        return test
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
@@ -249,7 +259,7 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         if not run.is_main:
             continue
         epoch = checkpoint["epoch"]
-        record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
+        record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
             model.temperatures = record["temperatures"]
@@ -272,7 +282,7 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
     for run in runs:
         try:
             found[str(run)] = evaluate_checkpoint(run, argv, device)
-        except (UserError, OSError, MemoryError, RuntimeError) as e:
+        except Exception as e:
             if is_one or distributed.world_size() > 1:  # of several processes, the others may wait for this one
                 raise
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
@@ -307,36 +317,37 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
-    saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
-    experiment = {name: value for name, value in saved.items() if name not in flags.RUNTIME_FLAGS - {"data_path"}}
-    own = parse_args(argv, fail, experiment)
-    if changes := flags.differences(saved, vars(own) | {"precision": saved.get("precision")}):
-        raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
+    with reading(path):
+        saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
+        experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
+        own = parse_args(argv, fail, experiment)
+        if changes := build_parser().differences(saved, vars(own) | {"precision": saved.get("precision")}):
+            raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
+        model = build_model(own, len(checkpoint["data"]["class_names"]))
+        load_states(checkpoint, path, model=model)
+
     set_up_torch(device, own.precision)
+    model = model.to(device, memory_format=torch.channels_last)
     loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
+    # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
     if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
         split = "test"
+    if split not in loaders:
+        raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")
     loader = loaders[split]
     if distributed.is_main():
         kind = "test" if own.val_split is None or split == "test" else "held-out training"
         print(f"{path}: {loader.num_samples} {kind} images")
-    model = build_model(own, loader.num_classes).to(device, memory_format=torch.channels_last)
-    load_states(checkpoint, path, model=model)
     logits, labels = predict(model, loader, own.precision)
     return {
         "checkpoint": str(path),
         "epoch": checkpoint["epoch"],
         "images": loader.record["splits"][split],
-        "images_of_the_run": recorded[split],
-        **measure(logits, labels, checkpoint["epoch"], own),
+        "images_of_the_run": recorded.get(split),
+        **evaluate(logits, labels, trained_exits(own)),
     }
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = None  # a pager that was left: Python, too, flushes at its end, and would complain
-    sys.exit(exit_status)
+    run_command(main)

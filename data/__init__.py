@@ -1,5 +1,6 @@
 """The data sets, one row each, their flags, and the loaders of their splits."""
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +12,12 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import readers, synthetic
+from data.images import LARGEST, ReadOptions
 from data.loader import Loader, generator
-from data.readers import Images
+from data.readers import Images, Split
 from utils import distributed
-from utils.errors import UserError
-from utils.flags import add_number
+from utils.errors import UserError, first_line, is_out_of_memory
+from utils.flags import add_flag, add_number, add_path
 
 
 class Dataset(NamedTuple):
@@ -25,7 +27,7 @@ class Dataset(NamedTuple):
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
     augmentation: str  # a key of augment.KINDS
-    read: Callable[[Path, int, bool], Images]  # as data/readers.py describes it
+    read: Callable[[Path, ReadOptions], Images]  # as data/readers.py describes it
 
 
 # The published script's; CIFAR-10's stand for both.
@@ -45,18 +47,20 @@ def add_flags(parser) -> None:
     group = parser.add_argument_group("data")
     number = partial(add_number, group)
     text = f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
-    text += " test/<class>/*; synthetic needs no files)"
-    group.add_argument("--data_type", choices=list(DATASETS), default="cifar100", metavar="NAME", help=text)
-    text = "where data sets are or are downloaded to (default: %(default)s)"
-    group.add_argument("--data_path", default="./datasets", metavar="DIR", help=text)
-    text = "pixels, a multiple of 8; images of another size are resized"
-    number("--image_size", int, 32, 16, 512, text, "paper")
-    number("--workers", int, 8, 0, 1024, "threads that decode image files, once", "training needs none")
+    text += " test/<class>/*, or with --val_split <class>/* alone; synthetic needs no files)"
+    names = {"choices": list(DATASETS), "default": "cifar100", "metavar": "NAME"}
+    add_flag(group, "--data_type", **names, help=text, also="data dataset")
+    text = "where data sets are or are downloaded to (default: %(default)s, below the working directory)"
+    add_path(group, "--data_path", "machine", text, default="./datasets", metavar="DIR", also="data data_dir root")
+    text = "pixels, a multiple of 8; images of another size are resized, of several sizes also cut to a square"
+    number("--image_size", int, 32, 16, LARGEST, text, "paper")
+    text, reason = "threads for decoding image files", "used only at the first start"
+    number("--workers", int, 8, 0, 1024, text, reason, kind="machine", also="num_workers")
     number("--classes", int, None, 2, 10**6, "use only the first N classes", "all")
     text = "use only N training images, the first of each class, after --val_split"
     number("--limit_train", int, None, 1, 10**9, text, "all")
     number("--limit_val", int, None, 1, 10**9, "the same for the validation images and for the test split", "all")
-    text = "hold out this part of the training images, select on it, and fit temperatures on it"
+    text = "hold out this part of the training images, use it for model selection, and fit temperatures on it"
     number("--val_split", float, None, 0.001, 0.9, text, "none: as in the paper, validation is the test split")
 
 
@@ -83,57 +87,96 @@ def build_loaders(args: Namespace, device: torch.device | str, split: str | None
     return load_splits(args, device, names=(split,))[split]
 
 
+@contextlib.contextmanager
+def _describing_memory():
+    """Around the loading of images: too little memory becomes an error that says what helps there."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        remedy = "use fewer (--classes, --limit_train, --limit_val) or a lower --image_size"
+        raise UserError(f"too little memory for the images ({first_line(e)}): {remedy}") from None
+
+
+@_describing_memory()
 def load_splits(
     args: Namespace, device: torch.device | str, record: dict | None = None, names=("train", "val", "test")
 ) -> dict[str, Loader]:
-    """The loaders of the splits in `names`: `train` and `val`, and with `--val_split` also `test`.
+    """The loaders of the splits in `names`: `train` and `val`, and with `--val_split` also `test`, if there is one.
 
     Validation is the test split, as in the paper, or with `--val_split` a part of the training split. `--classes`,
     `--val_split` and `--limit_train` or `--limit_val` apply in this order, and rows keep file order; `--limit_val`
     holds for the validation and for the test split.
 
     Each loader's `record` says what the images are: `class_names` in the labels' order, `mean` and `std` (of RGB in
-    0..1), and `splits`: of each, the number of `images` and their `digest`.
+    0..1), `stored_size` (height and width to which image files are brought before they are resized to --image_size),
+    and `splits`: of each, the number of `images` and their `digest`.
 
     Args:
-        record: a trained network's, whose mean and std are used. Its classes must be these; the images may be others,
-            as of another test set: `check_same_images` is for a run that goes on.
+        record: a trained network's, whose mean, std and stored size are used. Its classes must be these; the images may
+            be others, as of another test set: `check_same_images` is for a run that goes on.
 
     Raises:
         UserError: files that are missing or damaged, flags that the data cannot meet, or other classes.
     """
     dataset = DATASETS[args.data_type]
-    read = partial(dataset.read, Path(args.data_path), args.workers, args.val_only)
-    train, test, class_names = distributed.local_main_first(read)
-    if args.classes is not None:
-        if args.classes > len(class_names):
-            raise UserError(f"--classes {args.classes}: {args.data_type} has {len(class_names)} classes")
-        class_names = class_names[: args.classes]
-        train, test = (part.select(part.labels < args.classes) for part in (train, test))
+    read = partial(dataset.read, Path(args.data_path), _read_options(args, record))
+    splits, class_names = _divide(args, distributed.local_main_first(read))
     if record is not None and (changes := _class_differences(record["class_names"], class_names)):
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
-    mean, std = dataset.mean, dataset.std
-    splits = {"train": train, "val": test}
-    if args.val_split is not None:
-        held_out = hold_out(train.labels, args.val_split, args.seed)
-        splits = {"train": train.select(~held_out), "val": train.select(held_out), "test": test}
     if record is not None:
         mean, std = record["mean"], record["std"]
-    elif mean is None:
+    elif dataset.mean is not None:
+        mean, std = dataset.mean, dataset.std
+    else:
         mean, std = channel_statistics(splits["train"].images)
-    splits = {
-        name: part.first_of_each_class(args.limit_train if name == "train" else args.limit_val)
-        for name, part in splits.items()
-        if name in names
-    }
-    found = {name: {"images": len(part.labels), "digest": part.digest()} for name, part in splits.items()}
-    record = {"class_names": list(class_names), "mean": list(mean), "std": list(std), "splits": found}
+
+    chosen, facts = {}, {}
+    for name, part in splits.items():
+        if name in names:
+            chosen[name] = part.first_of_each_class(args.limit_train if name == "train" else args.limit_val)
+            facts[name] = {"images": len(chosen[name].labels), "digest": chosen[name].digest()}
+    record = {"class_names": list(class_names), "mean": list(mean), "std": list(std), "splits": facts}
+    record["stored_size"] = list(splits["val"].images.shape[1:3])
+
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
     loaders = {}
-    for name, part in splits.items():
+    for name, part in chosen.items():
         options = training if name == "train" else {}
         loaders[name] = Loader(part, record, args.image_size, torch.device(device), **options)
     return loaders
+
+
+def _read_options(args: Namespace, record: dict | None) -> ReadOptions:
+    """With --val_split the images are the training split's, and a test split is welcome; without, --val_only needs the
+    test split alone. What belongs to a trained network is brought to the size that it was trained on."""
+    return ReadOptions(
+        args.image_size,
+        size=tuple(record["stored_size"]) if record is not None else None,
+        train=args.val_split is not None or not args.val_only,
+        needs_test=args.val_split is None,
+        workers=args.workers,
+        read_only=args.val_only,
+    )
+
+
+def _divide(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str]]:
+    """The splits by name, and the names of the classes, after --classes and --val_split. Nothing is copied without."""
+    splits = {"train": images.train, "test": images.test}
+    splits = {name: part for name, part in splits.items() if part is not None}
+    class_names = images.class_names[: args.classes]
+    if args.classes is not None and args.classes > len(class_names):
+        raise UserError(f"--classes {args.classes}: {args.data_type} has {len(class_names)} classes")
+    if len(class_names) < len(images.class_names):
+        splits = {name: part.select(part.labels < args.classes) for name, part in splits.items()}
+    if args.val_split is None:
+        splits["val"] = splits.pop("test")
+    else:
+        train = splits["train"]
+        held_out = hold_out(train.labels, args.val_split, args.seed)
+        splits |= {"train": train.select(~held_out), "val": train.select(held_out)}
+    return splits, class_names
 
 
 def check_same_images(before: dict, now: dict, source) -> None:
@@ -143,8 +186,9 @@ def check_same_images(before: dict, now: dict, source) -> None:
         UserError: the images are not the same; says in what they differ.
     """
     changes = []
-    for name, found in now["splits"].items():
-        recorded = before["splits"].get(name, {"images": 0})
+    none = {"images": 0}
+    for name in {**now["splits"], **before["splits"]}:
+        found, recorded = (record["splits"].get(name, none) for record in (now, before))
         if found["images"] != recorded["images"]:
             changes.append(f"{found['images']} {name} images in place of {recorded['images']}")
         elif found["digest"] != recorded["digest"]:
@@ -164,6 +208,15 @@ def _class_differences(before: list[str], now: list[str]) -> str:
         return "" if before == now else "their order"
     parts = [("missing", missing), ("new", new)]
     return "; ".join(f"{what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for what, names in parts if names)
+
+
+def build_transform(args: Namespace, num_classes: int) -> Callable | None:
+    """What changes a training batch before the step: `transform(images (N, 3, S, S), labels (N,)) -> (images, soft
+    labels (N, K))`, or None, which leaves batches as they are. The place for MixUp and CutMix.
+
+    It may draw from the global generators of torch, numpy and random: they are seeded at the start of every epoch.
+    """
+    return None
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:

@@ -17,8 +17,10 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform; the same
 def draw_crops(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """(num, 3) int64 rows of top, left, flip: top and left in 0..2p within the image padded by p = height // 8 (4 at
     32 px, as the script), flip with probability 1/2."""
-    offsets = torch.randint(2 * (height // 8) + 1, (num, 2), generator=generator)
-    return torch.cat([offsets, torch.randint(2, (num, 1), generator=generator)], dim=1)
+    padding = height // 8
+    offsets = torch.randint(2 * padding + 1, (num, 2), generator=generator)
+    flip = torch.randint(2, (num, 1), generator=generator)
+    return torch.cat([offsets, flip], dim=1)
 
 
 def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
@@ -30,8 +32,9 @@ def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     top, left, flip = draws[:, :, None].unbind(dim=1)
     position = torch.arange(size, device=images.device)
+    mirrored = size - 1 - position
     rows = top + position
-    columns = left + torch.where(flip.bool(), size - 1 - position, position)
+    columns = left + torch.where(flip.bool(), mirrored, position)
     image = torch.arange(len(images), device=images.device)
     return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
 
@@ -39,21 +42,36 @@ def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
 def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """(num, 5) int64 rows of top, left, box height, box width, flip, by RandomResizedCrop's rule: the first of ten
     boxes that fits the image; where none fits, the largest central box of a ratio within bounds."""
+    # ten boxes per image: area uniform, ratio log-uniform; (num, ATTEMPTS) each
     area, ratio = torch.rand(2, num, ATTEMPTS, generator=generator, dtype=torch.float64)
     area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * area)
-    ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio)
-    tall, wide = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
-    first = fits.byte().argmax(dim=1, keepdim=True)
-    box = torch.cat([tall.gather(1, first), wide.gather(1, first)], dim=1)
-    room = torch.tensor([height, width], dtype=torch.float64) - box
-    corner = (torch.rand(num, 2, generator=generator, dtype=torch.float64) * (room + 1)).floor()
+    log_ratio = math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio
+    ratio = torch.exp(log_ratio)
+    box_height = (area / ratio).sqrt().round()
+    box_width = (area * ratio).sqrt().round()
 
-    central = torch.tensor([min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))])
-    central_corner = (torch.tensor([height, width]) - central) // 2
+    # the first of them that fits, anywhere in the image
+    fits_height = (box_height > 0) & (box_height <= height)
+    fits_width = (box_width > 0) & (box_width <= width)
+    fits = fits_height & fits_width
+    first = fits.byte().argmax(dim=1, keepdim=True)
+    size = torch.cat([box_height.gather(1, first), box_width.gather(1, first)], dim=1)
+    image_size = torch.tensor([height, width])
+    margin = image_size - size
+    corner = (torch.rand(num, 2, generator=generator, dtype=torch.float64) * (margin + 1)).floor()
+
+    # or the largest central box
+    central_height = min(height, round(width / RATIO[0]))
+    central_width = min(width, round(height * RATIO[1]))
+    central_size = torch.tensor([central_height, central_width])
+    central_corner = (image_size - central_size) // 2
+
     found = fits.any(dim=1, keepdim=True)
-    boxes = torch.where(found, torch.cat([corner, box], 1), torch.cat([central_corner, central]).double())
-    return torch.cat([boxes.long(), torch.randint(2, (num, 1), generator=generator)], dim=1)
+    box = torch.cat([corner, size], dim=1)
+    central_box = torch.cat([central_corner, central_size])
+    boxes = torch.where(found, box, central_box.double()).long()
+    flip = torch.randint(2, (num, 1), generator=generator)
+    return torch.cat([boxes, flip], dim=1)
 
 
 def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
@@ -63,14 +81,15 @@ def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.
     linear and separable, so it is two batched matrix products with weights of each image's own.
     """
     num, height, width, channels = images.shape
-    top, left, tall, wide, flip = draws.unbind(dim=1)
+    top, left, box_height, box_width, flip = draws.unbind(dim=1)
     # Half precision would round pixels and weights to 8 bits. (TF32's 11 bits cost an eighth of a level.)
     with torch.autocast(images.device.type, enabled=False):
-        down = _resize_weights(top, tall, torch.zeros_like(flip), size, height)
-        across = _resize_weights(left, wide, flip, size, width)
-        rows = down @ images.float().view(num, height, width * channels)
-        rows = rows.view(num, size, width, channels).transpose(1, 2).reshape(num, width, size * channels)
-        return (across @ rows).view(num, size, size, channels).transpose(1, 2)
+        vertical = _resize_weights(top, box_height, torch.zeros_like(flip), size, height)
+        horizontal = _resize_weights(left, box_width, flip, size, width)
+        rows = vertical @ images.float().view(num, height, width * channels)
+        rows = rows.view(num, size, width, channels).transpose(1, 2)
+        columns = horizontal @ rows.reshape(num, width, size * channels)
+        return columns.view(num, size, size, channels).transpose(1, 2)
 
 
 def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor:
@@ -80,13 +99,17 @@ def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor
     A triangle around the output's centre, one output pixel wide each side and never less than one source pixel, cut
     off at the box.
     """
-    start, length, flip = (numbers.float()[:, None, None] for numbers in (start, length, flip))
+    start = start.float()[:, None, None]
+    length = length.float()[:, None, None]
+    flip = flip.bool()[:, None, None]
     step = length / size
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
-    centre = start + torch.where(flip > 0, length - centre, centre)
+    centre = start + torch.where(flip, length - centre, centre)
     position = torch.arange(source, device=start.device) + 0.5
-    weights = (1 - (position - centre).abs() / step.clamp(min=1)).clamp(min=0)
-    weights = weights * ((position > start) & (position < start + length))
+    distance = (position - centre).abs()
+    weights = (1 - distance / step.clamp(min=1)).clamp(min=0)
+    is_inside = (position > start) & (position < start + length)
+    weights = weights * is_inside
     return weights / weights.sum(dim=2, keepdim=True)
 
 

@@ -99,14 +99,20 @@ class Loader:
         batches = torch.cat([order[:, None], draws], dim=1).split(self.batch_size)
         return [batch[distributed.shard(len(batch))] for batch in batches]
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _chunks(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        """The rows of `_plan` on the device, as many batches at a time as are augmented at once, and their sizes."""
         batches = self._plan()
-        sizes = [len(batch) for batch in batches]
         plan = torch.cat(batches).to(self.images.device)  # the one copy of the epoch
-        batches_per_chunk = max(1, self.chunk_pixels // (self.batch_size * self.image_size**2))
-        for first in range(0, len(self), batches_per_chunk):
-            chunk_sizes = sizes[first : first + batches_per_chunk]
-            chunk, plan = plan.split([sum(chunk_sizes), len(plan) - sum(chunk_sizes)])
+        num_batches = max(1, self.chunk_pixels // (self.batch_size * self.image_size**2))
+        start = 0
+        for first in range(0, len(batches), num_batches):
+            sizes = [len(batch) for batch in batches[first : first + num_batches]]
+            stop = start + sum(sizes)
+            yield plan[start:stop], sizes
+            start = stop
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for chunk, sizes in self._chunks():
             index = chunk[:, 0].contiguous()
             images = self.images[index]
             if self.augmentation is not None:
@@ -115,7 +121,7 @@ class Loader:
             # NHWC in memory, seen as NCHW: that is channels_last
             images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
             labels = self.labels[index]
-            yield from zip(images.split(chunk_sizes), labels.split(chunk_sizes), index.split(chunk_sizes), strict=True)
+            yield from zip(images.split(sizes), labels.split(sizes), index.split(sizes), strict=True)
 
     def pictures(self, index: torch.Tensor) -> torch.Tensor:
         """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""

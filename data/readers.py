@@ -1,36 +1,30 @@
-"""Files to uint8 arrays: CIFAR, Tiny-ImageNet, a folder of classes; decoded once, into one cache file with checksums.
+"""Files to uint8 arrays: CIFAR, Tiny-ImageNet, a folder of classes.
 
-Every reader is `read(root, workers, read_only) -> Images`. `root` is `--data_path`, `workers` the number of threads
-that decode, and with `read_only` nothing is downloaded or written.
+Every reader is `read(root, options) -> Images`: `root` is `--data_path`, the options are `ReadOptions`
+(data/images.py).
 """
 
 import contextlib
 import hashlib
 import io
 import os
-import stat
-import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
-from tqdm import tqdm
 
+from data.images import ReadOptions, list_images, load_images, note_skipped
 from utils.errors import UserError, first_line
-from utils.files import write_atomic
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 CIFAR_SIZES = (50_000, 10_000)  # training and test images of both
-CACHE = "decoded-images.npz"
-Samples = list[tuple[str, int]]  # (file, label) pairs, as torchvision's make_dataset lists them
+Samples = list[tuple[str, int]]  # files and their labels
 
 
 class Split(NamedTuple):
@@ -63,14 +57,15 @@ class Split(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A data set: the training split, the test split, and the class names in label order."""
+    """A data set: its splits, None where it was not read or there is no test split, and the classes' names in the
+    labels' order."""
 
-    train: Split
-    test: Split
+    train: Split | None
+    test: Split | None
     class_names: list[str]
 
 
-def read_cifar(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -> Images:
+def read_cifar(kind: type[CIFAR10], root: Path, options: ReadOptions) -> Images:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test images (M, 32, 32, 3), from torchvision's files or, where
     those are missing, from folders of classes, whose sorted names are its label order; else downloaded.
 
@@ -78,39 +73,80 @@ def read_cifar(kind: type[CIFAR10], root: Path, workers: int, read_only: bool) -
         UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
     """
     folder, archive = root / kind.base_folder, root / kind.filename
-    if not folder.is_dir() and (root / "train").is_dir():
-        images = read_folder(root, workers, read_only)
-        found = (len(images.class_names), len(images.train.labels), *images.test.images.shape[:3])
-        expected = (100 if kind is CIFAR100 else 10, *CIFAR_SIZES, 32, 32)
-        if found != expected:
-            text = f"{root} is not {kind.__name__}: its classes, training images, test images, height and width are"
-            raise UserError(f"{text} {found}, not {expected}; use --data_type folder")
+    if not folder.is_dir() and ((root / "train").is_dir() or (root / "test").is_dir()):
+        images = read_folder(root, options)
+        _check_is_cifar(kind, root, images)
         return images
     checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
     checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
-    with _fetching(archive, checksums, read_only):
-        train, test = (kind(root, train=is_train, download=not read_only) for is_train in (True, False))
-    splits = [Split(part.data, np.array(part.targets)) for part in (train, test)]
-    return Images(*splits, train.classes)
+    splits = {}
+    with _fetching(archive, checksums, options.read_only):
+        for name in ("train", "test") if options.train else ("test",):
+            part = kind(root, train=name == "train", download=not options.read_only)
+            splits[name] = Split(np.ascontiguousarray(part.data), np.array(part.targets))
+    return Images(splits.get("train"), splits["test"], part.classes)
 
 
-def read_folder(root: Path, workers: int, read_only: bool) -> Images:
-    """`train/<class>/*` and `test/` or `val/<class>/*`, JPEG or PNG files of one size; sorted class names are the
-    labels, sorted file names the order; what is hidden is left out.
+def _check_is_cifar(kind: type[CIFAR10], root: Path, images: Images) -> None:
+    """Raises UserError where a folder of classes is not this data set; a test split alone may be another one of its
+    classes."""
+    found, expected = [len(images.class_names)], [100 if kind is CIFAR100 else 10]
+    if images.train is not None:
+        num_test = 0 if images.test is None else len(images.test.labels)
+        found += [len(images.train.labels), num_test, *images.train.images.shape[1:3]]
+        expected += [*CIFAR_SIZES, 32, 32]
+    if found != expected:
+        text = f"{root} is not {kind.__name__}: its classes, training images, test images, height and width are"
+        raise UserError(f"{text} {found}, not {expected}; use --data_type folder")
+
+
+def read_folder(root: Path, options: ReadOptions) -> Images:
+    """`train/<class>/*` and `test/` or `val/<class>/*`, or without a test split `<class>/*` alone: JPEG, PNG or WebP
+    files. Sorted class names are the labels, sorted file names the order; hidden files, and files without the suffix
+    of an image, are left out.
 
     Raises:
-        UserError: a class that is empty or in one split only, a file that is not an image, or images of two sizes.
+        UserError: a folder that is missing, a class that is empty or in one split only, or files that are not images.
     """
-    test_name = "test" if (root / "test").is_dir() else "val"
-    class_names, train = _list_images(root / "train")
-    test_class_names, test = _list_images(root / test_name)
-    in_one = set(class_names) ^ set(test_class_names)
-    if in_one:
-        raise UserError(f"{root}: class {min(in_one)} has no folder in one of train/ and {test_name}/")
-    return _load(root, class_names, train, test, workers, read_only)
+    folders = _find_splits(root, options)
+    classes, samples, others = {}, {}, []
+    for name, folder in folders.items():
+        classes[name], samples[name], skipped = _list_classes(folder)
+        others += skipped
+    note_skipped(root, others)
+    if len(folders) == 2:
+        _check_same_classes(folders, classes)
+    return _load(root, next(iter(classes.values())), samples, options)
 
 
-def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
+def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
+    """The folders of the splits that are to be read, by name: `train`, `test`."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a directory")
+    tests = [folder for folder in (root / "test", root / "val") if folder.is_dir()][:1]
+    if not tests and options.needs_test:
+        remedy = ", or give --val_split to hold out a part of the training images" if options.train else ""
+        raise UserError(f"{root} has no folder test/ or val/: add one{remedy}")
+    folders = dict.fromkeys(["test"], *tests) if tests else {}
+    if not options.train:
+        return folders
+    if (root / "train").is_dir():
+        return {"train": root / "train", **folders}
+    if tests:
+        raise UserError(f"{root} has a folder {tests[0].name}/ but none of the name train/")
+    return {"train": root}
+
+
+def _check_same_classes(folders: dict[str, Path], classes: dict[str, list[str]]) -> None:
+    """Raises UserError, which names the classes that a split lacks, and the split."""
+    for here, there in (("train", "test"), ("test", "train")):
+        missing = sorted(set(classes[here]) - set(classes[there]))
+        if missing:
+            names = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+            raise UserError(f"{folders[there]} lacks classes that {folders[here]} has: {names}")
+
+
+def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
     """Tiny-ImageNet in its official layout, 200 classes, images (M, H, W, 3) at the files' own size, usually 64 x 64:
 
         words.txt                        class id, tab, names; not needed
@@ -128,8 +164,8 @@ def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
     folder = root if root.name == name or (root / "wnids.txt").exists() else root / name
     archive = folder.with_name(f"{name}.zip")
     if not folder.is_dir():
-        with _fetching(archive, {archive: TINY_IMAGENET_MD5}, read_only):
-            if read_only:
+        with _fetching(archive, {archive: TINY_IMAGENET_MD5}, options.read_only):
+            if options.read_only:
                 raise FileNotFoundError
             download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
@@ -137,37 +173,69 @@ def read_tiny_imagenet(root: Path, workers: int, read_only: bool) -> Images:
                 extract_archive(archive, unpacked)
                 os.rename(Path(unpacked) / name, folder)
 
-    class_ids, train = _list_images(folder / "train")
+    class_ids, train, others = _list_classes(folder / "train")
     if len(class_ids) != 200:
         raise UserError(f"{folder / 'train'} has {len(class_ids)} classes, not 200: unpack {archive.name} again")
-    _, val_files = _list_images(folder / "val")
-    annotations = folder / "val" / "val_annotations.txt"
+    val, skipped = _read_annotations(folder / "val", class_ids, f"unpack {archive.name} again")
+    others = [file for file in others if not file.endswith("_boxes.txt")]
+    note_skipped(folder, others + skipped)
+    samples = {"train": train, "test": val} if options.train else {"test": val}
+    return _load(folder, _read_words(folder / "words.txt", class_ids), samples, options)
+
+
+def _read_annotations(folder: Path, class_ids: list[str], remedy: str) -> tuple[Samples, list[str]]:
+    """Tiny-ImageNet's validation images, in the order of `val_annotations.txt`, and the files beside them.
+
+    Raises:
+        UserError: the annotations are damaged, or do not list each image once; names an image.
+    """
+    annotations = folder / "val_annotations.txt"
     try:
         rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-        val = [(str(folder / "val" / "images" / file), class_ids.index(class_id)) for file, class_id in rows]
+        samples = [(str(folder / "images" / file), class_ids.index(class_id)) for file, class_id in rows]
     except (OSError, ValueError) as e:
-        raise UserError(f"{annotations} is damaged ({first_line(e)}): unpack {archive.name} again") from None
-    if sorted(file for file, _ in val) != [file for file, _ in val_files]:
-        raise UserError(f"{annotations} does not list each file of val/images once: unpack {archive.name} again")
-    words = folder / "words.txt"
-    lines = words.read_text(errors="replace").splitlines() if words.exists() else []
+        raise UserError(f"{annotations} is damaged ({first_line(e)}): {remedy}") from None
+    listed = Counter(file for file, _ in samples)
+    images, others = list_images(folder / "images")
+    there = Counter(images)
+    if missing := listed - there:
+        number = f" (one of {len(missing)})" if len(missing) > 1 else ""
+        raise UserError(f"{min(missing)} is missing{number}, or listed twice in {annotations}: {remedy}")
+    if unlisted := there - listed:
+        raise UserError(f"{min(unlisted)} is not listed in {annotations}: {remedy}")
+    return samples, others
+
+
+def _read_words(path: Path, class_ids: list[str]) -> list[str]:
+    """The first name of each class in `words.txt`; its id where there is none."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     names = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    class_names = [names.get(class_id, class_id).split(",")[0] for class_id in class_ids]
-    return _load(folder, class_names, train, val, workers, read_only)
+    return [names.get(class_id, class_id).split(",")[0] for class_id in class_ids]
 
 
-def _list_images(folder: Path) -> tuple[list[str], Samples]:
-    """The classes, subfolders of `folder`, and the files in them, all sorted by name."""
-
-    def is_image(path: str) -> bool:  # neither hidden nor Tiny-ImageNet's bounding boxes
-        return "/." not in path.removeprefix(str(folder)) and not path.endswith("_boxes.txt")
-
+def _list_classes(folder: Path) -> tuple[list[str], Samples, list[str]]:
+    """The classes, subfolders of `folder`, and the images in them, both sorted by name; and the files left out."""
     try:
-        classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
-        labels = {name: label for label, name in enumerate(classes)}
-        return classes, make_dataset(folder, labels, is_valid_file=is_image)
-    except (OSError, ValueError) as e:  # no such folder, no class in it, or a class without files
-        raise UserError(f"{folder}/<class>/ must hold the images of each class: {first_line(e)}") from None
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as e:
+        raise UserError(f"{folder} cannot be read ({e.strerror})") from None
+    samples, others = [], []
+    for label, name in enumerate(classes):
+        images, skipped = list_images(folder / name)
+        if not images:
+            raise UserError(f"{folder / name} holds no image")
+        samples += [(image, label) for image in images]
+        others += skipped
+    if not classes:
+        raise UserError(f"{folder} holds no folder of images: it must be {folder}/<class>/<image>")
+    return classes, samples, others
+
+
+def _load(folder: Path, class_names: list[str], samples: dict[str, Samples], options: ReadOptions) -> Images:
+    files = {name: [file for file, _ in part] for name, part in samples.items()}
+    images = load_images(folder, files, options)
+    splits = {name: Split(images[name], np.array([label for _, label in part])) for name, part in samples.items()}
+    return Images(splits.get("train"), splits.get("test"), class_names)
 
 
 @contextlib.contextmanager
@@ -196,63 +264,3 @@ def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Ite
         for path in missing:  # leave no empty folder behind
             with contextlib.suppress(OSError):
                 path.rmdir()
-
-
-def _load(folder: Path, class_names: list[str], train: Samples, test: Samples, workers: int, read_only: bool) -> Images:
-    """The images of both splits' files, from the cache in `folder`, or decoded and then cached there.
-
-    The cache is used if its checksum is right and it was made of files of these names, sizes and times.
-    """
-    samples = train + test
-    facts = []
-    for file, _ in samples:
-        info = os.stat(file)
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe might never end
-            raise UserError(f"{file} is not a regular file")
-        facts.append((os.path.relpath(file, folder), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()
-    cache = folder / CACHE
-    images = None
-    # Missing, or damaged, for which every part of the format has an exception of its own: made again.
-    with contextlib.suppress(Exception), np.load(cache) as arrays:  # reading verifies the zip's checksums
-        if str(arrays["key"]) == key:
-            images = arrays["images"]
-    if images is None:
-        images = _decode([file for file, _ in samples], workers)
-        if not read_only:
-            content = io.BytesIO()
-            np.savez(content, key=key, images=images)
-            try:
-                write_atomic(cache, content.getbuffer())
-            except UserError:
-                print(f"note: {cache} cannot be written: every start decodes the images again", file=sys.stderr)
-    labels = np.array([label for _, label in samples])
-    num = len(train)
-    return Images(Split(images[:num], labels[:num]), Split(images[num:], labels[num:]), class_names)
-
-
-def _decode(files: list[str], workers: int) -> np.ndarray:
-    """(len(files), H, W, 3) uint8, RGB, decoded in `workers` threads: they share memory and import nothing."""
-    height, width, _ = read_pixels(files[0]).shape
-    images = np.empty((len(files), height, width, 3), dtype=np.uint8)
-    # Closing the results cancels what has not begun, after an error or a signal.
-    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(read_pixels, files)) as results:
-        for i, pixels in enumerate(tqdm(results, "decoding", len(files), unit="img", leave=False, disable=None)):
-            if pixels.shape != images.shape[1:]:
-                raise UserError(f"{files[i]} and {files[0]} are not of one size: resize the images")
-            images[i] = pixels
-    return images
-
-
-def read_pixels(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, of a JPEG or PNG file; transparency is dropped.
-
-    A JPEG whose bytes were altered in the middle decodes to other pixels without an error: Pillow does not report it.
-    """
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if image.mode.startswith("I"):  # conversion would cut it off at level 255
-                raise ValueError("16-bit grey; convert it to 8 bits")
-            return np.asarray(image.convert("RGB"))
-    except Exception as e:  # each file format has exceptions of its own
-        raise UserError(f"{path} is not an intact JPEG or PNG image ({first_line(e)})") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images import ReadOptions
 from data.readers import Images, Split
 
 HUES, WIDTHS = 10, 10
@@ -16,7 +17,7 @@ TRAIN_PER_CLASS, TEST_PER_CLASS = 100, 20
 SIZE = 32
 
 
-def read(root: Path, workers: int, read_only: bool) -> Images:
+def read(root: Path, options: ReadOptions) -> Images:
     """10,000 training and 2,000 test images (M, 32, 32, 3), always the same; the arguments are not used."""
     return _draw_splits(TRAIN_PER_CLASS, TEST_PER_CLASS)
 

@@ -7,7 +7,7 @@ from loss.dml import DML, PublishedDML
 from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
 from models import num_exits
-from utils.flags import add_number
+from utils.flags import add_number, add_switch
 
 __all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "trained_exits"]
 
@@ -16,19 +16,18 @@ METHODS = ("PSKD", "BYOT", "DML")
 
 def add_flags(parser) -> None:
     group = parser.add_argument_group("methods (all off: the baseline)")
-    flag = functools.partial(group.add_argument, action="store_true")
-    flag("--PSKD", help="soften labels with the previous epoch's own predictions")
-    flag("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
-    flag("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
-    number = functools.partial(add_number, group)
-    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD's own")
-    number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher against the label", "paper")
+    switch, number = functools.partial(add_switch, group), functools.partial(add_number, group)
+    switch("--PSKD", help="soften labels with the previous epoch's own predictions")
+    switch("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
+    switch("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
+    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD paper")
+    number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher loss; labels get 1 - alpha", "paper")
     number("--temperature", float, 3.0, 0.01, 1000, "BYOT: tau", "published script")
     text = "BYOT: weight of the hint, a sum over the batch, so that it grows with --batch_size"
     number("--beta", float, 1e-6, 0, 1000, text, "paper")
-    number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: shallowest exit that is taught", "paper, Table 3")
-    flag("--DML_on_output", help="DML: compare logits in place of features")
-    flag("--DML_as_published", help="DML: the published script's value, which has no gradient")
+    number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: first exit trained by BYOT", "paper, Table 3")
+    switch("--DML_on_output", help="DML: compare logits in place of features")
+    switch("--DML_as_published", help="DML: the published script's value, which has no gradient")
     number("--label_smoothing", float, 0.0, 0, 0.9, "epsilon, in every cross-entropy; not with --PSKD", "off")
 
 
@@ -46,7 +45,7 @@ def check_flags(args, fail) -> None:
         fail("argument --num_resnet_blocks: 1 block has no exit for --BYOT or --DML; use 2 to 4")
     if args.BYOT and args.BYOT_from_k_block > exits:
         fail(
-            f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} is beyond the last exit; "
+            f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} exceeds the number of exits; "
             f"{args.num_resnet_blocks} blocks have exits 1 to {exits}"
         )
 

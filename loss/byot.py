@@ -1,5 +1,6 @@
 """BYOT (Zhang et al., ICCV 2019): the deepest classifier teaches the exits."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,19 +30,22 @@ class BYOT(Term):
         self.alpha, self.tau, self.beta, self.from_block = alpha, temperature, beta, from_block
 
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
-        ce = F.cross_entropy(outputs.logits, targets)
-        kl = hint = ce.new_zeros(())
-        teacher = F.log_softmax(outputs.logits.detach() / self.tau, dim=1)
-        teacher_feature = outputs.feature.detach()
-        students = slice(self.from_block - 1, None)
-        for logits, feature in zip(outputs.exit_logits[students], outputs.exit_features[students], strict=True):
-            ce = ce + F.cross_entropy(logits, targets)
-            student = F.log_softmax(logits / self.tau, dim=1)
-            kl = kl + F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-            mask = (feature > 0) | (teacher_feature > 0)
-            hint = hint + ((feature - teacher_feature) ** 2 * mask).sum(dim=1).mean()
+        taught = slice(self.from_block - 1, None)
+        logits = torch.stack([*outputs.exit_logits[taught], outputs.logits])  # (C, N, K), i = k..B
+        features = torch.stack([*outputs.exit_features[taught], outputs.feature])  # (C, N, D)
+
+        all_targets = torch.cat([targets] * len(logits))
+        ce = F.cross_entropy(logits.flatten(0, 1), all_targets)  # mean over classifiers and batch
+
+        log_p = F.log_softmax(logits / self.tau, dim=2)
+        teacher = log_p[-1].detach()
+        kl = F.kl_div(log_p[:-1], teacher, reduction="sum", log_target=True) / len(targets)
+
+        teacher_feature = features[-1].detach()
+        is_positive = (features > 0) | (teacher_feature > 0)
+        distance = (features - teacher_feature) ** 2 * is_positive  # 0 for i = B
         return {
-            "byot_ce": (1 - self.alpha) * ce,
+            "byot_ce": (1 - self.alpha) * len(logits) * ce,
             "byot_kl": self.alpha * self.tau**2 * kl,
-            "byot_hint": self.beta * batch_size * hint,
+            "byot_hint": self.beta * batch_size / len(targets) * distance.sum(),
         }

@@ -26,13 +26,11 @@ class DML(Term):
             final, exits = outputs.logits, outputs.exit_logits
         else:
             final, exits = outputs.feature, outputs.exit_features
+        log_p = F.log_softmax(torch.stack(exits), dim=2)  # (B - 1, N, D)
         log_q = F.log_softmax(final, dim=1)
-        total = 0.0
-        for exit_ in exits:
-            log_p = F.log_softmax(exit_, dim=1)
-            # KL(p || q) + KL(q || p) = sum over channels of (p - q) (log p - log q)
-            total = total + ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean()
-        return {"dml": total / len(exits)}
+        # KL(p || q) + KL(q || p) = sum over channels of (p - q) (log p - log q)
+        divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=2)
+        return {"dml": divergence.mean()}
 
 
 class PublishedDML(Term):
@@ -41,9 +39,7 @@ class PublishedDML(Term):
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
+        log_p = F.log_softmax(torch.stack(outputs.exit_features), dim=2)  # (B - 1, N, D)
         log_q = F.log_softmax(outputs.feature, dim=1)
-        total = 0.0
-        for feature in outputs.exit_features:
-            log_p = F.log_softmax(feature, dim=1)
-            total = total - (log_p.exp() * log_q + log_q.exp() * log_p).sum(dim=1).mean()
-        return {"dml": total / len(outputs.exit_features)}
+        cross_entropies = -(log_p.exp() * log_q + log_q.exp() * log_p).sum(dim=2)
+        return {"dml": cross_entropies.mean()}

@@ -8,6 +8,13 @@ from models.exits import Outputs
 from utils import distributed
 
 
+def one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """Labels as probabilities (N, K) in the type of `like` (N, K): classes (N,) one-hot, probabilities (N, K) kept."""
+    if labels.ndim == 2:
+        return labels.to(like.dtype)
+    return torch.zeros_like(like).scatter_(1, labels[:, None], 1.0)
+
+
 class Term(nn.Module):
     """One term of the loss: `term(outputs, targets, index, batch_size) -> {name: scalar}`.
 
@@ -32,16 +39,16 @@ class CrossEntropy(Term):
 
 
 class LabelSmoothing(Term):
-    """y_soft = (1 - epsilon) y + epsilon / K (Szegedy et al., CVPR 2016, sec. 7)."""
+    """y_soft = (1 - epsilon) y + epsilon / K (Szegedy et al., CVPR 2016, sec. 7); y may be soft already."""
 
     def __init__(self, epsilon: float):
         super().__init__()
         self.epsilon = epsilon
 
     def forward(self, outputs: Outputs, labels: Tensor, index: Tensor) -> Tensor:
-        """labels (N,) -> y_soft (N, K)."""
+        """labels (N,) or (N, K) -> y_soft (N, K)."""
         num_classes = outputs.logits.shape[1]
-        y = torch.zeros_like(outputs.logits).scatter_(1, labels[:, None], 1.0)
+        y = one_hot(labels, outputs.logits)
         return (1 - self.epsilon) * y + self.epsilon / num_classes
 
 
@@ -83,8 +90,8 @@ class Objective(nn.Module):
     def forward(
         self, outputs: Outputs, labels: Tensor, index: Tensor, batch_size: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """labels (N,) int64; index (N,) int64, the images' rows in the training split; batch_size, the number of images
-        over all processes (default: N times the number of processes)."""
+        """labels, classes (N,) int64 or probabilities (N, K); index (N,) int64, the images' rows in the training split;
+        batch_size, the number of images over all processes (default: N times the number of processes)."""
         processes = distributed.world_size()
         batch_size = batch_size or processes * len(labels)
         targets = labels if self.targets is None else self.targets(outputs, labels, index)

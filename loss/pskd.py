@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loss.objective import Term
+from loss.objective import Term, one_hot
 from models.exits import Outputs
 from utils import distributed
 
@@ -13,7 +13,11 @@ class ProgressiveTargets(Term):
 
     p_prev is the network's prediction for the same image in the previous epoch: softmax of its final logits, in
     training mode, of the augmented view, before that step's update. It is y itself in the first epoch, and for an
-    image that the network has not seen yet.
+    image that the network has not seen yet. y may be soft itself.
+
+    Where batches are mixed (MixUp, CutMix), the memory holds the prediction for the mixed view, in the row of the
+    batch's own image: what the published script would record, and what is recorded of any other augmented view.
+    Predictions for unmixed views would cost a second forward. A step that fp16 skips is recorded like any other.
 
     The memory is one buffer, (M, K) in the split's order, 4 M K bytes on the training device: 20 MB for CIFAR-100,
     80 MB for Tiny-ImageNet, 5.1 GB for ImageNet. One suffices, because an image is seen once per epoch and its row is
@@ -45,10 +49,10 @@ class ProgressiveTargets(Term):
         self.weight.fill_(self.alpha_t if epoch > 0 else 0.0)  # in the first epoch y_soft is y, to the bit
 
     def forward(self, outputs: Outputs, labels: Tensor, index: Tensor) -> Tensor:
-        """labels (N,), index (N,) -> y_soft (N, K); in training mode, records softmax(outputs.logits) (N, K) for the
-        next epoch."""
+        """labels (N,) or (N, K), index (N,) -> y_soft (N, K); in training mode, records softmax(outputs.logits) (N, K)
+        for the next epoch."""
         previous = self.memory[index]
-        y = torch.zeros_like(previous).scatter_(1, labels[:, None], 1.0)
+        y = one_hot(labels, previous)
         previous = torch.where(previous.sum(dim=1, keepdim=True) > 0, previous, y)
         if self.training:
             probabilities = outputs.logits.detach().softmax(dim=1).to(self.memory.dtype)

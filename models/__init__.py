@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.exits import AttentionExit, BottleneckExit, MultiExitResNet, Outputs
 from models.load import load_run
-from utils.flags import add_number
+from utils.flags import add_flag, add_number
 
 __all__ = ["ALIASES", "MODELS", "Outputs", "add_flags", "build_model", "check_flags", "load_run", "num_exits"]
 
@@ -42,16 +42,11 @@ ALIASES = {"ResNetBeMyOwnTeacher18": "resnet18", "ResNetBeMyOwnTeacher50": "resn
 def add_flags(parser) -> None:
     group = parser.add_argument_group("model")
     number = functools.partial(add_number, group)
-    group.add_argument(
-        "--classifier_type",
-        type=lambda name: ALIASES.get(name, name),
-        choices=MODELS,
-        default="resnet18",
-        metavar="NAME",
-        help=f"one of {', '.join([*MODELS, *ALIASES])} (default: %(default)s, the paper's first; "
-        "the last two are the published script's names)",
-    )
-    number("--num_resnet_blocks", int, 4, 1, 4, "stages of the backbone, one exit on each but the last", "paper")
+    text = f"one of {', '.join([*MODELS, *ALIASES])} (default: %(default)s, the paper's first; the last two are the"
+    text += " published script's names)"
+    names = {"type": lambda name: ALIASES.get(name, name), "choices": MODELS, "default": "resnet18"}
+    add_flag(group, "--classifier_type", **names, metavar="NAME", help=text, also="model arch network")
+    number("--num_resnet_blocks", int, 4, 1, 4, "number of backbone stages; each but the last has an exit", "paper")
     number("--width", int, 64, 1, 1024, "channels of the first stage; small values make quick tests", "paper")
 
 
@@ -60,7 +55,7 @@ def check_flags(args, fail) -> None:
     narrowest = 64 // MODELS[args.classifier_type].width_per_group  # a group has width * width_per_group / 64
     if args.width < narrowest:
         fail(
-            f"argument --width: {args.width} leaves a layer without channels; {args.classifier_type} needs "
+            f"argument --width: {args.width} gives a layer 0 channels; {args.classifier_type} needs "
             f"at least {narrowest}"
         )
 

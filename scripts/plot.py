@@ -24,7 +24,7 @@ import torch
 from summarize import ROOT, Run, find_runs, group_runs
 
 from utils import figures
-from utils.metrics import confidence_and_wrong
+from utils.metrics import confidence_and_error
 
 # Okabe and Ito's colours, distinguishable by the colour-blind; grey replaces their yellow, too pale on paper.
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#777777")
@@ -45,7 +45,7 @@ def read_predictions(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     if not path.exists():
         raise ValueError("needs --save_predictions")
     with np.load(path) as file:
-        return confidence_and_wrong(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
+        return confidence_and_error(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
 
 
 def learning_curves(axis, runs: list[Run], **line) -> None:

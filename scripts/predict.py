@@ -2,82 +2,125 @@
 
 Prints per image the class, its confidence, which classifier decided, and the multiply-adds that it took as a share of
 the backbone's. Confidence is after each classifier's temperature, fitted where the run had --val_split. A folder
-stands for the JPEG and PNG files in it and below. A file that is not an image gives one line, and the others continue.
+stands for the images in it and below, hidden ones left out. Images are prepared as those that the run was trained on.
+A file that is not an image gives one line, and the others continue.
 """
 
 import argparse
 import csv
 import signal
 import sys
+from os.path import expanduser
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.loader import resize
-from data.readers import read_pixels
+from data.images import list_images, note_skipped, read_image
+from data.loader import Loader
+from data.readers import Split
 from models import load_run
-from models.exits import confidence
-from utils.errors import UserError
+from models.exits import MultiExitResNet, confidence
+from utils.errors import UserError, print_error, printable, run_command
 from utils.flags import number_type
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+BATCH_SIZE = 128
+HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("run", type=expanduser, metavar="RUN", help="run directory")
+    parser.add_argument("images", type=expanduser, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
     parser.add_argument("--threshold", type=number_type(float, 0, 10), default=1.01, metavar="T", help=text)
     parser.add_argument("--epoch", choices=("last", "best"), default="last", help="(default: %(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there instead of printing it")
-    args = parser.parse_args(argv)
+    parser.add_argument("--csv", type=expanduser, metavar="FILE", help="write the table there instead of printing it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Status 1 where a file is not an image, or the run cannot be read."""
+    args = parse_args(argv)
     try:
-        if args.csv:
-            args.csv.touch()  # before the work, not after it
-        model, info = load_run(args.run, args.epoch)
+        return predict(args)
     except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print_error(str(e))
         return 1
-    if info["temperatures"] is None:
-        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on"
-        print(f"note: {text}", file=sys.stderr)
-    costs, backbone = model.multiply_adds(info["image_size"])
-    if args.threshold > 1:
-        costs[-1] = backbone  # no exit is computed
-    paths, rows = [], []
-    for path in args.images:
-        paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) or [path]
-    for path in tqdm(paths, unit="img", leave=False, disable=None):  # None: without a terminal
-        try:
-            pixels = resize(torch.tensor(read_pixels(path))[None], info["image_size"])
-        except UserError as e:
-            tqdm.write(f"error: {e}", file=sys.stderr)
-            continue
-        images = normalize(pixels.permute(0, 3, 1, 2) / 255, info["mean"], info["std"])  # (1, 3, S, S), as in training
-        logits, decided_by = model.predict_early(images, args.threshold)
-        name, number = info["class_names"][logits.argmax()], decided_by.item()
-        is_final = number == model.num_stages
-        i = -1 if is_final else number - 1
-        certainty = confidence(logits[0], model.temperatures[i]).item()
-        rows.append((path, name, certainty, "final" if is_final else f"exit {number}", 100 * costs[i] / backbone))
+
+
+def predict(args: argparse.Namespace) -> int:
     if args.csv:
-        with open(args.csv, "w", newline="") as f:
+        Path(args.csv).touch()  # before the work, not after it
+    model, info = load_run(args.run, args.epoch)
+    if info["temperatures"] is None:
+        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on, or no test split"
+        print(f"note: {text}", file=sys.stderr)
+    paths = find_images(args.images)
+    rows = []
+    with tqdm(total=len(paths), unit="img", leave=False, disable=None) as bar:  # None: without a terminal
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = paths[start : start + BATCH_SIZE]
+            rows += classify(model, info, batch, args.threshold)
+            bar.update(len(batch))
+    if args.csv:
+        with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:  # names as they are
             writer = csv.writer(f)
-            writer.writerow(["image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)"])
+            writer.writerow(HEADINGS)
             writer.writerows(rows)
     else:
         for path, name, certainty, classifier, share in rows:
-            print(f"{path}: {name}  {100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)")
+            text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)"
+            print(f"{printable(path)}: {printable(name)}  {text}")
     return 0 if len(rows) == len(paths) else 1
+
+
+def find_images(given: list[str]) -> list[str]:
+    """Files as they are given, and the images in folders. Raises UserError where a folder holds none."""
+    paths = []
+    for path in given:
+        if not Path(path).is_dir():
+            paths.append(path)
+            continue
+        images, others = list_images(path)
+        note_skipped(path, others)
+        if not images:
+            raise UserError(f"{path} holds no image")
+        paths += images
+    return paths
+
+
+def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: float) -> list[tuple]:
+    """A row (HEADINGS) per image; for a file that is none, an error is printed."""
+    found, pixels = [], []
+    for path in paths:
+        try:
+            pixels.append(read_image(path, tuple(info["stored_size"])))
+            found.append(path)
+        except UserError as e:
+            tqdm.write(f"error: {printable(str(e))}", file=sys.stderr)
+    if not found:
+        return []
+
+    costs, backbone = model.multiply_adds(info["image_size"])
+    if threshold > 1:
+        costs[-1] = backbone  # no exit is computed
+    rows = []
+    split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that nothing reads
+    for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
+        logits, decided_by = model.predict_early(images, threshold)
+        for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
+            is_final = number == model.num_stages
+            i = -1 if is_final else number - 1
+            name = info["class_names"][image_logits.argmax()]
+            certainty = confidence(image_logits, model.temperatures[i]).item()
+            classifier = "final" if is_final else f"exit {number}"
+            rows.append((found[row], name, certainty, classifier, 100 * costs[i] / backbone))
+    return rows
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    try:
-        sys.exit(main())
-    except OSError as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

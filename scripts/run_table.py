@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -30,10 +29,12 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 BLOCK_FLAGS = {"BYOT_from_k_block": 1, "num_resnet_blocks": 4}  # with main.py's defaults
+NAMED_FLAGS = {"data_type", "classifier_type", "PSKD", "BYOT", "DML", "seed"}  # in main.py's own name of a run
 SHORT_NAMES = {"BYOT_from_k_block": "k", "num_resnet_blocks": "blocks", "end_epoch": "ep"}
 OUTPUT_LOCK = threading.Lock()
 
@@ -52,11 +53,16 @@ def is_named(row: dict, word: str) -> bool:
     return word == row["model"]
 
 
-def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argparse.Namespace, int, int]:
+class Run(NamedTuple):
+    command: list[str]
+    config: dict  # what config.json holds of it when it is done: data_path, and the flags that define the experiment
+
+
+def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, Run], argparse.Namespace, int, int]:
     """Check all flags. Called in a process of its own, because main.py's checks may initialise CUDA.
 
     Returns:
-        run name -> command, the first seed's runs first; flags of the last run; numbers of GPUs and CPU threads.
+        run name -> run, the first seed's runs first; flags of the last run; numbers of GPUs and CPU threads.
     """
     python = os.environ.get("PYTHON") or sys.executable
     if os.sep in python:
@@ -65,40 +71,70 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, list[str]], argp
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from main import default_run_name, parse_args
-    from utils.flags import RUNTIME_FLAGS
+    from main import RUNTIME_FLAGS, build_parser, default_args, default_run_name, parse_args
 
     schedule, common = [], []
     epochs = parse_args(["--end_epoch", os.environ.get("EPOCHS") or "300"]).end_epoch
     if epochs != 300:
-        drops = sorted({-(-epochs // 2), -(-3 * epochs // 4)})  # rounded up; the two may coincide
-        schedule, common = ["--lr_decay_schedule", *map(str, drops)], ["--end_epoch", str(epochs)]
+        schedule = ["--lr_decay_schedule", *map(str, paper_schedule(epochs))]
+        common = ["--end_epoch", str(epochs)]
     if os.environ.get("EXPERIMENTS"):
         common += ["--experiments_dir", os.environ["EXPERIMENTS"]]
+
+    defaults = vars(default_args())
     runs = {}
     for seed in (os.environ.get("SEEDS") or "4").split():
         for row in rows:
-            blocks = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]]
-            options = [*blocks, *common, *extra]
             methods = [f"--{method}" for method in row["methods"]]
-            flags = ["--classifier_type", row["model"], *methods, "--seed", seed, *schedule, *options]
+            blocks = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]]
+            flags = ["--classifier_type", row["model"], *methods, "--seed", seed, *schedule, *blocks, *common, *extra]
             args = parse_args(flags)
-            suffix = ""
-            for option in " ".join(["", *options]).split(" --")[1:]:
-                flag, *values = re.split("[ =]", option)
-                if flag not in RUNTIME_FLAGS | {"data_type"}:  # default_run_name has the data set
-                    suffix += f"_{SHORT_NAMES.get(flag, flag)}{'-'.join(values)}"
+            # Not the checked flags, in which `auto` stands for what this machine can do.
+            given = vars(build_parser().parse_args(flags))
+            suffix = name_suffix({flag: given[flag] for flag in given if flag not in RUNTIME_FLAGS}, defaults)
             name = default_run_name(args).replace("_seed", f"{suffix}_seed")
-            runs[name] = [python, "main.py", *flags, "--run_name", name]
+            config = {flag: value for flag, value in vars(args).items() if flag not in RUNTIME_FLAGS}
+            config["data_path"] = args.data_path
+            runs[name] = Run([python, "main.py", *flags, "--run_name", name], config)
     return runs, args, torch.cuda.device_count(), torch.get_num_threads()
 
 
-def is_finished(run: Path) -> bool:
-    """Whether results.json says so; a damaged one does not, and main.py writes it again."""
+def paper_schedule(epochs: int) -> list[int]:
+    """1/2 and 3/4 of the epochs, rounded up; the two may coincide."""
+    return sorted({-(-epochs // 2), -(-3 * epochs // 4)})
+
+
+def name_suffix(flags: dict, defaults: dict) -> str:
+    """What a run's name says of flags that main.py's default name does not have: those that are not the default, where
+    the learning rate's schedule is the paper's in proportion."""
+    defaults = defaults | {"lr_decay_schedule": paper_schedule(flags["end_epoch"])}
+    suffix = ""
+    for flag in sorted(flags.keys() - NAMED_FLAGS):
+        value = flags[flag]
+        if value == defaults[flag]:
+            continue
+        if isinstance(value, list):
+            value = "-".join(map(str, value))
+        suffix += f"_{SHORT_NAMES.get(flag, flag)}{'' if value is True else value}"
+    return suffix
+
+
+def is_finished(directory: Path, config: dict) -> bool:
+    """Whether the run in a directory is done and has this config. In doubt main.py, which decides, is started."""
     try:
-        return json.loads((run / "results.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, LookupError, TypeError):
+        status = json.loads((directory / "results.json").read_text())["status"]
+        found = json.loads((directory / "config.json").read_text())
+        return status == "finished" and config.items() <= found.items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
+
+
+def time_written(directory: Path) -> int | None:
+    """When results.json was written."""
+    try:
+        return (directory / "results.json").stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def write_line(line: str) -> None:
@@ -107,9 +143,10 @@ def write_line(line: str) -> None:
         os.write(1, f"{line}\n".encode())
 
 
-def run_all(runs: dict[str, list[str]], experiments: Path, overwrite: bool, jobs: int, gpus: int) -> int:
-    """Run the commands (run name -> command), `jobs` at a time, each on one of several GPUs; the exit status."""
-    names, processes, failed, received = iter(runs), [], [], []
+def run_all(runs: dict[str, Run], experiments: Path, overwrite: bool, jobs: int, gpus: int) -> int:
+    """Run what is not finished, `jobs` at a time, each on one of several GPUs; the exit status."""
+    names = iter(runs)
+    processes, failed, received = [], [], []
     options = {"cwd": ROOT, "start_new_session": True}  # a run gets Ctrl-C once, from stop()
     if sys.platform == "linux":  # the runs get SIGTERM when this process dies, even by kill -9
         prctl = ctypes.CDLL(None).prctl
@@ -127,19 +164,23 @@ def run_all(runs: dict[str, list[str]], experiments: Path, overwrite: bool, jobs
         for name in names:  # shared: each job takes the next
             if received:
                 return
-            if not overwrite and is_finished(experiments / name):
+            directory, run = experiments / name, runs[name]
+            if not overwrite and is_finished(directory, run.config):
                 write_line(f"skip {name}: finished")
                 continue
             write_line(f"start {name}")
-            process = subprocess.Popen([*runs[name], *device], **options)
+            before = time_written(directory)
+            process = subprocess.Popen([*run.command, *device], **options)
             processes.append(process)
             if received:  # before stop() knew of this process
                 process.terminate()
             for line in process.stdout or ():
                 write_line(f"{name}: {line.rstrip()}")
             status = process.wait()
-            if status != 0 and not received:
-                failed.append(f"{name}: exit status {status}, see {experiments / name}")
+            # A run whose terminal or pager was closed may end well with another status than 0.
+            has_finished = is_finished(directory, run.config) and time_written(directory) != before
+            if status != 0 and not has_finished and not received:
+                failed.append(f"{name}: exit status {status}, see {directory}")
                 write_line(f"FAILED {failed[-1]}")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -162,11 +203,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("table", type=int, choices=(1, 2, 3, 4), help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
-    args, extra = parser.parse_intermixed_args(argv[:cut]), argv[cut + 1 :]
+    args = parser.parse_intermixed_args(argv[:cut])
+    extra = argv[cut + 1 :]
     jobs = os.environ.get("JOBS") or "1"
     if not jobs.isdecimal() or int(jobs) == 0:
         parser.error(f"JOBS={jobs}: must be a positive whole number")
-    jobs, rows = int(jobs), table_rows(args.table)
+    jobs = int(jobs)
+
+    rows = table_rows(args.table)
     for word in args.words:
         if not any(is_named(row, word) for row in rows):
             parser.error(f"{word}: not a row (1 to {len(rows)}), a range such as 1-2, or a network of this table")
@@ -174,17 +218,23 @@ def main(argv: list[str]) -> int:
     if jobs > 1:
         seconds = {(row["model"], *row["methods"]): row["seconds_per_epoch"] for row in table_rows(1)}
         rows.sort(key=lambda row: -seconds[(row["model"], *row["methods"])])
+
     with ProcessPoolExecutor(1) as pool:
         runs, flags, gpus, threads = pool.submit(plan, rows, extra).result()
     if args.dry_run:
-        print(*map(shlex.join, runs.values()), sep="\n")
+        for run in runs.values():
+            print(shlex.join(run.command))
         return 0
     if jobs > 1:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, threads // jobs))
     gpus = gpus if flags.device == "cuda" else 0  # with --device cuda:1, all runs use that GPU
-    return run_all(runs, ROOT / flags.experiments_dir, flags.overwrite, jobs, gpus)
+    experiments = ROOT / Path(flags.experiments_dir).expanduser()
+    return run_all(runs, experiments, flags.overwrite, jobs, gpus)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while flags are checked: no traceback
+    if sys.stdout is None:  # closed: no file that is opened later, by this process or by a run, may take its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.set_inheritable(1, True)
     sys.exit(main(sys.argv[1:]))

@@ -1,127 +1,36 @@
 #!/usr/bin/env python
 """The paper's tables from runs: mean ± sample standard deviation over n seeds.
 
-Runs that differ in a flag that defines the experiment are never averaged together. Published numbers appear only
-beside runs in the paper's setting. Runs that are unfinished, unreadable or duplicates are named with the reason.
+Runs that differ in a flag that defines the experiment, in their images, or in their number of processes are never
+averaged together. The paper's rows are for runs on its data, one table for each other data set; published numbers
+appear only beside runs in the paper's setting. Runs that are unfinished, damaged or duplicates are named with the
+reason.
 """
 
 import argparse
 import json
-import os
 import signal
-import statistics
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
+from intervals import pair_runs
 from run_table import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
+from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs, path_argument
+from tables import FORMATS, Line, Table, make_paired_table, make_table
 
-sys.path.insert(0, str(ROOT))
-from loss import METHODS
-from main import parse_args
-from utils.flags import RUNTIME_FLAGS
-from utils.machine import MACHINE_FACTS
-from utils.metrics import METRICS
+from main import RUNTIME_FLAGS
+from utils.errors import UserError, print_error, printable, run_command
+from utils.files import write_atomic
+from utils.metrics import SHOWN
 
-# Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
-NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, "starts", "data", "seed", "classifier_type", *METHODS}
-COLUMNS = {  # heading, decimals
-    **{name: (f"{metric.heading} ({metric.unit})", metric.decimals) for name, metric in METRICS.items()},
-    "ece_after_T": ("ECE after T (%)", 2),  # T: each classifier's temperature, fitted on held-out images
-    "early_exit": ("early exit (% MACs)", 1),  # for the final accuracy less 0.5 points; 100 is the backbone
-    "seconds_per_epoch": ("s/epoch", 1),
-    "hours": ("hours", 2),
-}
-TIMES = ("seconds_per_epoch", "hours")
-ACCURACIES = {name: (name, 2) for name in ("4/4", "3/4", "2/4", "1/4", "ensemble")}  # exit i of N is i/N, final N/N
-ACCURACIES["early_exit"] = COLUMNS["early_exit"]
+PAPER_DATA = PUBLISHED["table1"]["dataset"]
+DEFAULT = (*SHOWN, "ece_after_T", "early_exit", *TIMES)
+DEFAULT_OF_PAIRS = ("top1_error", "nll_after_T", "augrc")
+# Table 2's headings; its values are accuracies.
+TABLE_2 = {"4/4": "final", "3/4": "exit 3", "2/4": "exit 2", "1/4": "exit 1", "ensemble": "ensemble"}
 
 
-class Run(NamedTuple):
-    name: str  # the path of its directory, or file:line
-    config: dict
-    results: dict
-    flags: dict  # config, and the defaults of flags that are newer than the run
-    seed: int
-    methods: tuple[str, ...]
-    departures: frozenset[str]  # from the paper's setting, such as "width 8"
-    values: dict  # column -> number
-    classifiers: dict  # "1/4", ..., "4/4", "ensemble", if trained -> column -> number
-    label: str = ""  # the methods, and the departures that are not common to all runs
-
-
-def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
-    """The `last` or `best` epoch of a run, given its directory or a line that --export wrote, and the paper's flags.
-
-    Raises:
-        ValueError, KeyError, TypeError, OSError: the run is unfinished or cannot be read.
-    """
-    if isinstance(source, Path):
-        config = json.loads((source / "config.json").read_text())
-        results = json.loads((source / "results.json").read_text())
-    else:
-        config, results = json.loads(source)["config"], json.loads(source)["results"]
-    if results["status"] != "finished":
-        raise ValueError(f"{results['status']}, {results['epochs']} of {config['end_epoch']} epochs")
-    flags = {**paper, **config}
-    methods = tuple(method for method in METHODS if flags[method])
-    changed = [key for key in flags if key not in NO_DEPARTURE and (key, flags[key]) not in paper.items()]
-    departures = frozenset(f"{key} {flags[key]}" for key in changed)
-
-    record = results["test"][which] if flags["val_split"] else results[which]  # else val is the test split
-    blocks = flags["num_resnet_blocks"]
-    metrics = [*record["exits"], record["val"]]  # None for an exit that no loss trains
-    names = [f"{i}/{blocks}" for i in range(1, blocks + 1)][-len(metrics) :]  # without exits, the final one alone
-    classifiers = {key: dict(found) for key, found in zip(names, metrics, strict=True) if found}
-    if record.get("calibrated"):
-        calibrated = dict(zip(names, [*record["calibrated"]["exits"], record["calibrated"]["val"]], strict=True))
-        for key in classifiers:
-            classifiers[key]["ece_after_T"] = calibrated[key]["ece"]
-    values = {**classifiers[names[-1]], **{key: results[key] for key in TIMES if key in results}}
-    if record["ensemble"]:
-        classifiers["ensemble"] = record["ensemble"]
-    values |= {key: 100 - found["top1_error"] for key, found in classifiers.items()}
-    early = record.get("early_exit")
-    if early:
-        values["early_exit"] = 100 * early["chosen"]["multiply_adds"] / early["backbone_multiply_adds"]
-    return Run(name, config, results, flags, config["seed"], methods, departures, values, classifiers)
-
-
-def find_runs(paths: list[Path]) -> dict[str, Path | str]:
-    """Name -> run directory (a path or below it) or line of a .jsonl file; sorted, each once."""
-    sources = {}
-    for path in paths:
-        if path.suffix == ".jsonl":
-            sources |= {f"{path}:{number}": line for number, line in enumerate(path.read_text().splitlines(), 1)}
-        sources |= {os.path.relpath(file.parent): file.parent for file in path.rglob("config.json")}
-    return dict(sorted(sources.items()))
-
-
-def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Run]], list[str]]:
-    """Runs with the same defining flags, one per seed, in order; a line for each run left out, and why."""
-    paper = vars(parse_args([])) | {"precision": "fp32"}  # main.py's defaults are its setting
-    by_setting, left_out = {}, []
-    for name, source in sources.items():
-        try:
-            run = read_run(name, source, which, paper)
-            setting = (run.departures, run.methods, run.flags["classifier_type"])
-            group = by_setting.setdefault(setting, {})
-            if run.seed in group:
-                raise ValueError(f"the same flags and seed as {group[run.seed].name}, which is used")
-            group[run.seed] = run
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = f"no entry {error}" if isinstance(error, KeyError) else error
-            left_out.append(f"{name} ({reason})")
-    groups = []
-    for (departures, methods, _), group in by_setting.items():
-        common = departures.intersection(*(other for other, _, _ in by_setting))
-        label = ", ".join(["+".join(methods) or "baseline", *sorted(departures - common)])
-        groups.append([group[seed]._replace(label=label) for seed in sorted(group)])
-    return sorted(groups, key=lambda group: (len(group[0].methods), group[0].label)), left_out
-
-
-def paper_lines(table: str, groups: list[list[Run]]) -> list[tuple]:
-    """(labels, runs, published values) of the groups that are rows of the table, in the paper's order.
+def paper_lines(table: str, groups: list[list[Run]]) -> list[Line]:
+    """The groups that are rows of the table, in the paper's order.
 
     Published values are left out unless only the precision differs, or DML is the published script's.
     """
@@ -129,65 +38,95 @@ def paper_lines(table: str, groups: list[list[Run]]) -> list[tuple]:
     for row in table_rows(int(table)):
         wanted = {"classifier_type": row["model"], **{flag: row[flag] for flag in BLOCK_FLAGS}}
         for group in groups:
-            if group[0].methods == tuple(row["methods"]) and wanted.items() <= group[0].flags.items():
-                changed = {departure.split()[0] for departure in group[0].departures}
+            run = group[0]
+            if run.methods == tuple(row["methods"]) and wanted.items() <= run.flags.items():
+                changed = {departure.split()[0] for departure in run.departures}
                 others = changed - {*BLOCK_FLAGS, "precision", "sync_bn", "DML_as_published"}
-                lines.append(({"row": row["row"]}, group, {} if others else row))
+                lines.append(Line(group, str(row["row"]), {} if others else row))
     return lines
 
 
-def paired_lines(base: str, groups: list[list[Run]]) -> list[tuple]:
-    """Lines as in paper_lines: differences, by seed, from the runs of the same network that are labelled `base`."""
-    runs = [run for group in groups for run in group]
-    bases = {(run.flags["classifier_type"], run.seed): run.values for run in runs if run.label == base}
+def paper_tables(groups: list[list[Run]], numbers: str, columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
+    """The paper's tables of groups on its data, and what the paper says of those that have published values."""
+    tables, notes = [], []
+    data = groups[0][0].data
+    for number in numbers:
+        lines = paper_lines(number, groups)
+        if not lines:
+            continue
+        paper = PUBLISHED[f"table{number}"]
+        if any(line.published for line in lines):
+            notes += [PUBLISHED["about"], *paper["notes"]]
+        title = f"Table {number}: {paper['title']}"
+        if data != PAPER_DATA:  # several versions of it
+            title += f", {data}"
+        if number == "2":
+            tables.append(make_table(title, accuracy_columns(), accuracy_lines(lines)))
+        else:
+            tables.append(make_table(title, columns, lines))
+    return tables, notes
+
+
+def accuracy_columns() -> dict[str, Column]:
+    return {heading: Column(heading, 2) for heading in TABLE_2} | {"early_exit": COLUMNS["early_exit"]}
+
+
+def accuracy_lines(lines: list[Line]) -> list[Line]:
+    """Lines of Table 2: accuracies under the paper's headings in place of errors."""
+    converted = []
+    for line in lines:
+        runs = []
+        for run in line.runs:
+            values = {heading: 100 - run.values[name] for heading, name in TABLE_2.items() if name in run.values}
+            if "early_exit" in run.values:
+                values["early_exit"] = run.values["early_exit"]
+            runs.append(run._replace(values=values))
+        converted.append(line._replace(runs=runs))
+    return converted
+
+
+def is_papers_data(run: Run) -> bool:
+    return run.flags["data_type"] == PAPER_DATA and not any(run.flags[limit] for limit in LIMITS)
+
+
+def all_tables(groups: list[list[Run]], table: str | None, columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
+    """The tables of groups on one data set, and notes; `table` is a number, or None for all that have rows."""
+    tables, notes = [], []
+    if is_papers_data(groups[0][0]):
+        tables, notes = paper_tables(groups, table or "1234", columns)
+    settings = {(line.runs[0].network, line.runs[0].label) for found in tables for line in found.lines}
+    others = [Line(group, "", {}) for group in groups if (group[0].network, group[0].label) not in settings]
+    if others and not table:
+        tables.append(make_table(f"Other runs: {groups[0][0].data}", columns, others))
+    return tables, notes
+
+
+def classifier_lines(groups: list[list[Run]]) -> list[Line]:
+    """A line for each trained classifier of each group, with all of its metrics."""
     lines = []
     for group in groups:
-        differences = []
-        for run in group:
-            theirs = bases.get((run.flags["classifier_type"], run.seed))
-            if theirs and run.label != base:
-                values = {key: v - theirs[key] for key, v in run.values.items() if key in theirs and key not in TIMES}
-                differences.append(run._replace(values=values))
-        if differences:
-            lines.append(({}, differences, {}))
+        for name in group[0].classifiers:
+            runs = [run._replace(values=run.classifiers[name]) for run in group]
+            lines.append(Line(runs, name, {}))
     return lines
 
 
-def cell(runs: list[Run], column: str, decimals: int, published: dict, sign: str) -> str:
-    """Such as `21.00 ± 1.00 (20.03, +0.97*)`: mean, standard deviation, published value, and ours minus it, with * if
-    over two standard deviations; a dash where a run lacks the number."""
-    values = [run.values.get(column) for run in runs]
-    machines = {run.config["device_name"] for run in runs}
-    if None in values or (column in TIMES and len(machines) > 1):
-        return "—"
-    mean, sd = statistics.mean(values), float("inf")
-    text = f"{mean:{sign}.{decimals}f}"
-    if len(values) > 1:
-        sd = statistics.stdev(values)
-        text += f" ± {sd:.{decimals}f}"
-    if column not in published:
-        return text
-    if column in TIMES:  # of another machine
-        return f"{text} ({published[column]:.2f})"
-    difference = mean - published[column]
-    mark = "*" if abs(difference) > 2 * sd else ""
-    return f"{text} ({published[column]:.2f}, {difference:+.{decimals}f}{mark})"
-
-
-def print_table(title: str, lines: list[tuple], columns: dict, sign: str = "") -> None:
-    """Print lines as in paper_lines as a markdown table; columns without any number are left out."""
-    rows = []
-    for labels, runs, published in lines:
-        row = {**labels, "network": runs[0].flags["classifier_type"], "methods": runs[0].label, "n": len(runs)}
-        row["seeds"] = " ".join(str(run.seed) for run in runs)
-        for column, (heading, decimals) in columns.items():
-            row[heading] = cell(runs, column, decimals, published, sign)
-        rows.append(row)
-    headings = [heading for heading in rows[0] if any(row[heading] != "—" for row in rows)]
-    print(f"### {title}\n")
-    for row in [{heading: heading for heading in headings}, dict.fromkeys(headings, "---"), *rows]:
-        print("|", " | ".join(str(row[heading]) for heading in headings), "|")
-    print()
+def paired_tables(base: str, groups: list[list[Run]], columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
+    """A table of differences from `base` for each network, and notes on their intervals."""
+    tables, notes = [], []
+    paired, left_out = pair_runs(base, groups)
+    for network in dict.fromkeys(group[0].network for group in paired):
+        of_network = [group for group in paired if group[0].network == network]
+        data = of_network[0][0].data
+        table, rests_on = make_paired_table(f"Differences from {base}, paired by seed: {data}", columns, of_network)
+        tables.append(table)
+        if rests_on:
+            notes.append(
+                "in brackets: 95 % interval of the mean difference (Student's t), with * where it leaves out 0; the"
+                " variance of paired differences is pooled over the settings, which share the base's runs"
+                f" ({network}, {data}: {rests_on})"
+            )
+    return tables, [*notes, *(f"not paired: {line}" for line in left_out)]
 
 
 def export(file: Path, runs: list[Run]) -> None:
@@ -195,71 +134,84 @@ def export(file: Path, runs: list[Run]) -> None:
     lines = []
     for run in runs:
         config = {key: value for key, value in run.config.items() if key not in RUNTIME_FLAGS}
-        config.get("data", {}).pop("class_names", None)
+        if "data" in config:
+            config["data"] = {key: value for key, value in config["data"].items() if key != "class_names"}
         text = json.dumps({"name": run.config.get("run_name", run.name), "config": config, "results": run.results})
         rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
         lines.append(json.dumps(rounded) + "\n")
-    file.write_text("".join(lines))
+    write_atomic(file, "".join(lines).encode())
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, default=[ROOT / "experiments"], help="directories of runs, or exported files")
+    text = "directories of runs, or exported files (default: the repository's experiments)"
+    add("runs", nargs="*", type=path_argument, default=[ROOT / "experiments"], metavar="RUNS", help=text)
     add("--best", action="store_true", help="each run's best epoch instead of its last")
-    add("--export", type=Path, metavar="FILE.jsonl", help="write the runs to a file that this script reads")
+    add("--export", type=path_argument, metavar="FILE.jsonl", help="write the runs to a file that this script reads")
+    add("--format", choices=FORMATS, default="markdown", help="(default: %(default)s; csv has its notes on stderr)")
+    text = f"columns: {', '.join(COLUMNS)}; `exit 1` and its kin are that classifier's top-1 error"
+    add("--metrics", nargs="+", choices=COLUMNS, metavar="NAME", help=text)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--table", choices="1234", help="that table alone")
     add("--pairs", metavar="BASE", help="differences, by seed, from the methods BASE, for example baseline")
     add("--all_classifiers", action="store_true", help="all metrics of every classifier")
     args = parser.parse_args(argv)
+    args.fail = parser.error
     for path in args.runs:
         if not path.exists():
             parser.error(f"{path} does not exist")
+    return args
+
+
+def summarize(args: argparse.Namespace) -> None:
     which = "best" if args.best else "last"
     groups, left_out = group_runs(find_runs(args.runs), which)
     if not groups:
-        parser.error("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *left_out]))
+        args.fail("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *left_out]))
     runs = [run for group in groups for run in group]
     if args.export:
+        lost = [line for line in left_out if line.startswith(f"{args.export}:") and "the same flags" not in line]
+        if lost:
+            args.fail(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
         export(args.export, runs)
-    starts = [start for run in runs for start in run.config.get("starts", [run.config])]
-    origins = {f"{start['device_name']}, torch {start['torch']}, commit {start['git_commit']}" for start in starts}
-    remarks = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(origins))}"]
-    remarks += [f"left out: {line}" for line in left_out]
-    common = frozenset.intersection(*(run.departures for run in runs))
-    if common:
-        remarks.append(f"all runs, unlike the paper: {', '.join(sorted(common))}")
-    if args.pairs:
-        lines = paired_lines(args.pairs, groups)
-        if not lines:
-            parser.error(f"--pairs {args.pairs}: give one of {'; '.join(group[0].label for group in groups)}")
-        print_table(f"Differences from {args.pairs}, paired by seed", lines, COLUMNS, sign="+")
-    elif args.all_classifiers:
-        lines = []
-        for group in groups:
-            for name in group[0].classifiers:
-                lines.append(({"classifier": name}, [run._replace(values=run.classifiers[name]) for run in group], {}))
-        print_table("Every classifier", lines, COLUMNS)
-    else:
-        others = groups
-        for number in args.table or "1234":
-            lines, paper = paper_lines(number, groups), PUBLISHED[f"table{number}"]
-            if lines:
-                title = f"Table {number}: {paper['title']}"
-                print_table(title, lines, ACCURACIES if number == "2" else COLUMNS)
-            others = [group for group in others if group not in [runs for _, runs, _ in lines]]
-            if any(published for _, _, published in lines):
-                remarks += [PUBLISHED["about"], *paper["notes"]]
-        if others and not args.table:
-            print_table("Other runs", [({}, group, {}) for group in others], COLUMNS)
-    for remark in dict.fromkeys(remarks):
-        print("-", remark)
+
+    origins = frozenset.union(*(run.origins for run in runs))
+    notes = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(origins))}"]
+    notes += [f"left out: {line}" for line in left_out]
+    tables = []
+    keys = args.metrics or (DEFAULT_OF_PAIRS if args.pairs else DEFAULT)
+    columns = {key: COLUMNS[key] for key in keys}
+    for data in dict.fromkeys(run.data for run in runs):
+        on_data = [group for group in groups if group[0].data == data]
+        common = frozenset.intersection(*(group[0].departures for group in on_data))
+        if common:
+            notes.append(f"{data}: all runs, unlike the paper: {', '.join(sorted(common))}")
+        if args.pairs:
+            found, more_notes = paired_tables(args.pairs, on_data, columns)
+        elif args.all_classifiers:
+            table = make_table(f"Every classifier: {data}", columns, classifier_lines(on_data), "classifier")
+            found, more_notes = [table], []
+        else:
+            found, more_notes = all_tables(on_data, args.table, columns)
+        tables += found
+        notes += more_notes
+    if args.pairs and not tables:
+        labels = dict.fromkeys(run.label for run in runs)
+        args.fail(f"--pairs {args.pairs}: give one of {'; '.join(labels)}")
+    FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        summarize(args)
+    except (OSError, UserError) as e:
+        print_error(str(e))
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    try:
-        main()
-    except (OSError, UnicodeDecodeError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

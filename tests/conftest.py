@@ -72,3 +72,15 @@ def emulated_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Graph()) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph.capture())
     return made
+
+
+@pytest.fixture
+def summary(tmp_path, capsys):
+    """summary(*words) -> output of summarize.py on tmp_path."""
+    import summarize
+
+    def call(*words, path=tmp_path):
+        summarize.main([str(path), *words])
+        return capsys.readouterr().out
+
+    return call

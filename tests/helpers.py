@@ -19,7 +19,6 @@ import main
 from data import synthetic
 from utils import run_directory
 from utils.engine import TrainStep
-from utils.flags import RUNTIME_FLAGS
 
 ALL = ("--PSKD", "--BYOT", "--DML")
 SMALL = "--data_type synthetic --classes 10 --image_size 16 --width 4 --batch_size 16 --lr 0.05 --end_epoch 2"
@@ -95,7 +94,7 @@ def content(directory: Path) -> dict[str, object]:
 def bits(value):
     """Nested dicts and lists without times and runtime flags; tensors and arrays as type, shape and bytes."""
     if isinstance(value, dict):
-        left_out = RUNTIME_FLAGS | {"hours", "starts"}
+        left_out = main.RUNTIME_FLAGS | {"hours", "starts"}
         return {key: bits(v) for key, v in value.items() if "second" not in str(key) and key not in left_out}
     if isinstance(value, list | tuple):
         return [bits(v) for v in value]
@@ -111,7 +110,8 @@ def save_photos(folder: Path) -> None:
 
 
 def metrics(top1):
-    return {"top1_error": top1, "top5_error": 4.0, "nll": 0.5, "ece": 3.0, "aurc": 50.0, "eaurc": 20.0}
+    shown = {"top1_error": top1, "top5_error": 4.0, "nll": 0.5, "ece": 3.0, "aurc": 50.0, "eaurc": 20.0}
+    return shown | {"augrc": 30.0, "auroc_failure": None, "brier": 0.25, "adaptive_ece": 3.5}
 
 
 def record(epoch, top1):
@@ -129,3 +129,37 @@ def build(*words, split=None):
 
 def random_images(num, height=32, width=32):
     return np.random.RandomState(num).randint(0, 256, (num, height, width, 3)).astype(np.uint8)
+
+
+NO_METHOD = {"PSKD": False, "BYOT": False, "DML": False}  # flags, beside those of `make_finished_run`
+ONLY_BYOT = {"PSKD": False, "DML": False}
+TEST_BLOCK = {"last": {"val": metrics(20.0), "exits": [], "ensemble": None}}  # `test` of results.json
+
+
+def images_record(train="1a", val="2b", test=None):
+    """A data record with these digests; without held-out images, as without `test`, `val` is the test split."""
+    digests = {"train": train, "val": val} | ({"test": test} if test else {})
+    splits = {name: {"images": 100, "digest": digest * 16} for name, digest in digests.items()}
+    return {"class_names": ["a", "b"], "mean": [0.12345678], "std": [0.25], "splits": splits}
+
+
+def make_finished_run(root, name, top1, seed=1, device="H200", results=(), last=(), **config):
+    """A run directory; row 8 of Table 1 in the paper's setting unless the config differs."""
+    usual = {"classifier_type": "resnet18", "PSKD": True, "BYOT": True, "DML": True, "end_epoch": 300}
+    usual |= {"precision": "fp32", "workers": 4, "run_name": name, "seed": seed, "torch": "2.8"}
+    usual |= {"device_name": device, "git_commit": "0123456", "data": images_record()}
+    last = {"val": metrics(top1), "exits": [], "ensemble": None, **dict(last)}
+    best = {**last, "val": metrics(top1 - 1)}
+    whole = {"status": "finished", "epochs": 300, "seconds_per_epoch": 10.0, "last": last, "best": best}
+    (root / name).mkdir(parents=True)
+    (root / name / "config.json").write_text(json.dumps({**usual, **config}))
+    (root / name / "results.json").write_text(json.dumps({**whole, **dict(results)}))
+
+
+def cells(output, **labels):
+    """Heading -> cell, for each line of the first table that has these labels."""
+    table = output.partition("###")[2].partition("###")[0]
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    heads, _, *lines = [[cell.strip() for cell in line] for line in lines]
+    rows = [dict(zip(heads, line, strict=True)) for line in lines]
+    return [row for row in rows if labels.items() <= row.items()]

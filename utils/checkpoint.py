@@ -1,5 +1,6 @@
 """The checkpoint's format: verified when it is read, and loaded."""
 
+import contextlib
 import io
 import json
 import zipfile
@@ -14,7 +15,7 @@ LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkp
 ENTRIES = {
     "model": dict,  # states
     "optimizer": dict,
-    "objective": dict,
+    "objective": dict,  # beside them `scaler`, fp16's, empty with other precisions
     "epoch": int,  # the last one that is done, from 0
     "history": list,  # a record per epoch: the lines of metrics.jsonl
     "args": dict,  # every flag
@@ -78,6 +79,18 @@ def _check_structure(checkpoint) -> None:
         raise ValueError("its history is not one record per epoch")
     if not checkpoint["starts"]:
         raise ValueError("it has no start")
+
+
+@contextlib.contextmanager
+def reading(source):
+    """Around what is done with a checkpoint's content. The checksums of a forged file are right, its content can be
+    anything: whatever that raises becomes a UserError which names the file, `source`."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as e:
+        raise UserError(f"{source} does not hold what this program writes ({first_line(e)})") from e
 
 
 def load_states(checkpoint: dict, source, **owners) -> None:

@@ -8,26 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.metrics import classification_metrics
+from utils.metrics import all_metrics, per_sample, rows_per_chunk
 
 
 def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9 and weight decay on every parameter (the published script's)."""
     on_gpu = next(model.parameters()).is_cuda  # where one fused kernel updates all parameters
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=on_gpu or None
     )
+    if args.precision == "fp16":
+        # The fused update (seen with PyTorch 2.14) allocates momentum in the first step, and if that step is skipped,
+        # leaves it uninitialised. From 0 the first momentum is the first gradient, as it is without this.
+        for p in model.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def build_schedule(args) -> Callable[[int], float]:
-    """The learning rate as a function of the epoch, counted from 0: `--lr`, times `--lr_decay_rate` for each epoch of
-    `--lr_decay_schedule` that has been reached."""
-    return lambda epoch: args.lr * args.lr_decay_rate ** sum(epoch >= e for e in args.lr_decay_schedule)
+    """The learning rate as a function of the epoch t = 0..T-1.
+
+    `step`: `--lr`, times `--lr_decay_rate` for each epoch of `--lr_decay_schedule` that has been reached (paper).
+    `cosine`: lr (1 + cos(pi (t - N) / (T - N))) / 2 after N epochs of warm-up (Loshchilov and Hutter, ICLR 2017, one
+    cycle).
+    Warm-up: lr (t + 1) / (N + 1) for t < N, so that epoch N is the first at the full rate (Goyal et al., 2017).
+    """
+    warmup = args.warmup_epochs
+
+    def schedule(epoch: int) -> float:
+        if epoch < warmup:
+            return args.lr * (epoch + 1) / (warmup + 1)
+        if args.lr_schedule == "cosine":
+            progress = (epoch - warmup) / (args.end_epoch - warmup)
+            return args.lr * (1 + math.cos(math.pi * progress)) / 2
+        return args.lr * args.lr_decay_rate ** sum(epoch >= e for e in args.lr_decay_schedule)
+
+    return schedule
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which the network computes. Without a cache of casts, which would outlive a captured step."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 class Meter:
@@ -36,34 +58,43 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device = device
         self.names: list[str] | None = None
-        self.sums: Tensor | None = None  # (parts + 1,) float64
+        self.sums: Tensor | None = None  # (parts,) float64
+        self.num_wrong = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps without an update (fp16)
+        self.num_images = 0  # over all processes; counted by train_one_epoch, since a replayed step runs no Python
 
     def reset(self) -> None:
+        self.num_images = 0
+        self.num_wrong.zero_()
+        self.num_skipped.zero_()
         if self.sums is not None:
             self.sums.zero_()
 
     def update(self, parts: dict[str, Tensor], logits: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Add a step: the parts of its loss, this process's logits (N, K) and labels (N,), and the number of images
-        in the batch over all processes."""
+        """Add a step: the parts of its loss, this process's logits (N, K) and labels, and the number of images in the
+        batch over all processes. Labels are classes (N,) or probabilities (N, K), whose largest is then the class."""
         if self.sums is None:
             self.names = list(parts)
-            self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=self.device)
-        wrong = (logits.argmax(dim=1) != labels).sum()
+            self.sums = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         # A part's mean over processes is the global batch's (loss/objective.py); wrong predictions just add up.
-        weight = batch_size / distributed.world_size()
-        self.sums += torch.stack([*(weight * part.double() for part in parts.values()), wrong.double()])
+        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / distributed.world_size())
+        classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        self.num_wrong += (logits.argmax(dim=1) != classes).sum()
 
-    def means(self, num_images: int) -> dict[str, float]:
-        """`loss`, each of its parts, and `top1_error` (%) over the epoch. Waits for the device and for the other
-        processes."""
-        return self._means(distributed.all_reduce_sum_(self.sums.clone()), num_images)
+    def means(self) -> dict[str, float]:
+        """`loss`, each of its parts, and `top1_error` (%) over the epoch's images so far. Waits for the device and for
+        the other processes."""
+        return self._means(distributed.all_reduce_sum_(self._all_sums()))
 
-    def own_means(self, num_images: int) -> dict[str, float]:
-        """An estimate of `means` after `num_images` images, from this process's shard alone."""
-        return self._means(self.sums * distributed.world_size(), num_images)
+    def local_means(self) -> dict[str, float]:
+        """An estimate of `means` from this process's shard alone."""
+        return self._means(self._all_sums() * distributed.world_size())
 
-    def _means(self, sums: Tensor, num_images: int) -> dict[str, float]:
-        *parts, wrong = (sums / num_images).tolist()
+    def _all_sums(self) -> Tensor:
+        return torch.cat([self.sums, self.num_wrong.double()[None]])
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        *parts, wrong = (sums / self.num_images).tolist()
         return {"loss": sum(parts), **dict(zip(self.names, parts, strict=True)), "top1_error": 100 * wrong}
 
 
@@ -76,12 +107,33 @@ class TrainStep:
         precision: `--precision`, under which the network computes.
         compile: run forward and loss through torch.compile for batches of the first one's size. Others, such as the
             last of an epoch, run uncompiled: they are too rare to pay for a second compilation.
+        transform: the place where a batch may be changed before it is trained on:
+            `transform(images (N, 3, S, S), labels (N,)) -> (images, soft labels (N, K))`. It runs at the beginning of
+            every step, outside of what is compiled or captured. None leaves batches as they are.
+
+    With fp16 the loss is scaled, so that small gradients do not become 0 (Micikevicius et al., ICLR 2018); losses and
+    what they are computed from stay float32. Where scaled gradients overflow, the step is skipped: weights and momentum
+    stay as they are, the scale is halved, and `meter.num_skipped` counts it. Its forward is as valid as any other: the
+    meter and the objective's own memory take it as usual, and the learning rate does not wait for it. A loss that is
+    not finite, in contrast, ends the run as in any precision, because BatchNorm's statistics have seen such numbers.
+    `scaler` has the scale's `state_dict`, which is empty with the other precisions.
     """
 
-    def __init__(self, model, objective, optimizer, device: torch.device, precision: str, compile: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: str,
+        compile: bool = False,
+        transform: Callable | None = None,
+    ):
         self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.transform = transform or (lambda images, labels: (images, labels))
         self.device, self.precision = device, precision
         self.meter = Meter(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.compiled = torch.compile(self.forward, dynamic=False) if compile else self.forward
         self.compiled_size = None  # of the first batch
 
@@ -93,13 +145,30 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """images (N, 3, S, S), labels (N,), index (N,); batch_size: images in this step over all processes."""
+        images, labels = self.transform(images, labels)
+        self.update(images, labels, index, batch_size)
+
+    def update(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
+        """The step after the transform: labels are classes (N,) or probabilities (N, K)."""
         self.compiled_size = self.compiled_size or batch_size
         forward = self.compiled if batch_size == self.compiled_size else self.forward
         loss, parts, logits = forward(images, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        if self.scaler.is_enabled():
+            self._scaled_step(loss)
+        else:
+            loss.backward()
+            self.optimizer.step()
         self.meter.update(parts, logits, labels, batch_size)
+
+    def _scaled_step(self, loss: Tensor) -> None:
+        """Backward and update with a scaled loss. On a GPU nothing waits: the fused optimiser skips by itself."""
+        one = torch.ones_like(loss)
+        scale = self.scaler.scale(one)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.meter.num_skipped += self.scaler.scale(one) < scale
 
 
 def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loader) -> dict:
@@ -111,19 +180,22 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
         progress: wraps the loader in a progress bar.
 
     Returns:
-        `seconds`, `images_per_second`, and `train` with the means over the epoch.
+        `seconds`, `images_per_second`, and `train` with the means over the epoch; with fp16 also `skipped_steps`.
     """
-    step.meter.reset()
+    meter = step.meter
+    meter.reset()
     start = time.perf_counter()
-    remaining = loader.num_samples
-    for images, labels, index in progress(loader, step.meter):
-        batch_size = min(loader.batch_size, remaining)
+    for images, labels, index in progress(loader, meter):
+        batch_size = min(loader.batch_size, loader.num_samples - meter.num_images)  # over all processes
         step(images, labels, index, batch_size)
-        remaining -= batch_size
+        meter.num_images += batch_size
     step.objective.end_epoch()
-    train = step.meter.means(loader.num_samples)  # waits for the device, so the clock is read after it
+    train = meter.means()  # waits for the device, so the clock is read after it
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "images_per_second": loader.num_samples / seconds, "train": train}
+    result = {"seconds": seconds, "images_per_second": loader.num_samples / seconds, "train": train}
+    if step.scaler.is_enabled():
+        result["skipped_steps"] = meter.num_skipped.item()
+    return result
 
 
 @torch.no_grad()
@@ -156,24 +228,40 @@ def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
         trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
 
     Returns:
-        `val`: the final classifier's metrics; `exits`: each exit's, None for an untrained one; `ensemble`: those of
-        the mean of all trained classifiers' probabilities, None with one classifier.
+        `val`: the final classifier's metrics, those of `utils.metrics.METRICS`; `exits`: each exit's, None for an
+        untrained one; `ensemble`: those of the mean of all trained classifiers' probabilities, None with one
+        classifier.
 
     Raises:
-        ValueError: logits that are not finite.
+        NonFiniteError: logits that are not finite.
     """
     *exits, final = logits
-    metrics = [classification_metrics(e, labels) if ok else None for e, ok in zip(exits, trained_exits, strict=True)]
-    ensemble = None
-    if any(trained_exits):
-        members = logits[[*trained_exits, True]]
-        # log of the sum of probabilities, which the softmax of the metrics normalises; in logs, so that nothing
-        # underflows to an infinite NLL
-        ensemble = classification_metrics(members.double().log_softmax(dim=2).logsumexp(dim=0), labels)
-    return {"val": classification_metrics(final, labels), "exits": metrics, "ensemble": ensemble}
+    trained = [e for e, is_trained in zip(exits, trained_exits, strict=True) if is_trained]
+    classifiers = [*trained, final]
+    if trained:
+        classifiers.append(ensemble_logits(classifiers))
+    samples = torch.stack([per_sample(z, labels) for z in classifiers])
+    metrics = [all_metrics(of_classifier) for of_classifier in samples.cpu()]
+
+    ensemble = metrics.pop() if trained else None
+    val = metrics.pop()
+    of_exits = iter(metrics)
+    return {"val": val, "exits": [next(of_exits) if ok else None for ok in trained_exits], "ensemble": ensemble}
 
 
-def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:
+def ensemble_logits(members: list[Tensor]) -> Tensor:
+    """Logits whose softmax is the mean of the members' probabilities: (M, K) each -> (M, K) float64."""
+    rows = rows_per_chunk(members[0].shape[1])
+    chunks = []
+    for chunk in zip(*(logits.split(rows) for logits in members), strict=True):
+        # log of the sum of probabilities, which softmax normalises; in logs, so that nothing underflows to an
+        # infinite NLL
+        log_probabilities = torch.stack(chunk).double().log_softmax(dim=2)
+        chunks.append(log_probabilities.logsumexp(dim=0))
+    return torch.cat(chunks)
+
+
+def first_nonfinite(model: nn.Module, means: dict[str, float]) -> str | None:
     """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
     Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.

@@ -1,7 +1,11 @@
-"""Errors that become one line, and signals that end a run."""
+"""Errors that become one line, signals that end a run, and the streams that both are told on."""
 
 import contextlib
+import io
+import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # PyTorch on a CPU, on a GPU, CUDA libraries
@@ -14,6 +18,10 @@ class UserError(Exception):
     """
 
 
+class NonFiniteError(ValueError):
+    """A NaN or an infinity in the loss, the weights or the logits; the message says where."""
+
+
 class Interrupted(BaseException):
     """A signal arrived; `number` is the signal's. Not an Exception, so that no handler on the way swallows it."""
 
@@ -23,11 +31,12 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def signals_raise():
-    """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; a second signal ends the process at once.
+    """Within, signals that ask a process to end raise Interrupted; a second one ends the process at once.
 
     A signal that is ignored, as SIGHUP under nohup, stays ignored.
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers += (signal.SIGUSR1, signal.SIGUSR2)  # which clusters send before the time limit
     previous = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
     def handler(number, frame):
@@ -51,23 +60,69 @@ def describe_error(error: Exception, args) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, NonFiniteError):
+        remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+        return f"{error} (NaN or infinity); earlier checkpoints are kept; try {remedy}"
     if isinstance(error, BrokenPipeError):
         return f"standard output: {error.strerror}"
     if isinstance(error, OSError):
         path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
-    chain, e = [], error  # an error inside a graph capture hides the one that caused it
-    while e is not None:
-        chain.append(e)
-        e = e.__cause__ or e.__context__
-    if any(isinstance(e, MemoryError) or any(text in str(e) for text in OUT_OF_MEMORY) for e in chain):
+    if is_out_of_memory(error):
         return (
             f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size, --image_size or"
             " --width, or use --precision bf16"
         )
-    if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in chain):
+    if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error)):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return any(isinstance(e, MemoryError) or any(text in str(e) for text in OUT_OF_MEMORY) for e in _chain(error))
+
+
+def _chain(error: Exception) -> list[BaseException]:
+    """An error and what caused it, such as one inside a graph capture, which another hides."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def printable(text: str) -> str:
+    """Text on one line, with control characters and bytes that are no UTF-8 escaped: names of files may hold both."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def print_error(message: str) -> None:
+    """Print `error: ` and the message on standard error, in one line whatever names of files it holds."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def run_command(command: Callable[[], int | None]) -> None:
+    """Call a script's `main`, and exit with the status that it returns.
+
+    Standard output and error may be closed, also while it runs, and escape what their encoding lacks.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        status = command()
+    finally:
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except BrokenPipeError:
+                setattr(sys, name, None)  # a pager that was left: Python, too, flushes at its end, and would complain
+            except OSError:
+                pass  # a full disk: Python says so at its end, with status 120
+    sys.exit(status)
 
 
 def first_line(error: Exception) -> str:

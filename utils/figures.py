@@ -1,13 +1,15 @@
 """Figures drawn with matplotlib, shared by TensorBoard (utils/logger.py) and scripts/plot.py."""
 
 import contextlib
+import os
 import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.metrics import confidence_and_wrong, reliability, risk_coverage_curve
+from utils.errors import printable
+from utils.metrics import confidence_and_error, reliability, risk_coverage_curve
 
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.color": "#dddddd", "lines.markersize": 4,
@@ -19,6 +21,7 @@ STYLE = {
 @contextlib.contextmanager
 def drawing():
     """A context for making and saving figures, in one style whatever the user's settings; yields the class Figure."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own, which its programs inherit, works nowhere else
     import matplotlib.style  # here: it takes half a second, and may be missing
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure in memory
 
@@ -42,7 +45,7 @@ def mean_band(axis, x, curves: np.ndarray, markevery=0.25, **line) -> None:
 def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) -> None:
     """Accuracy against mean confidence in each bin of confidence, means over the runs, without bins empty in a run.
 
-    predictions: a run's confidence (M,) and wrong (M,), as `utils.metrics.confidence_and_wrong` returns them.
+    predictions: a run's confidence (M,) and error (M,), as `utils.metrics.confidence_and_error` returns them.
     """
     sums = torch.stack([torch.stack(reliability(*run)) for run in predictions], dim=1).numpy()  # (3, runs, bins)
     samples, confidence, correct = sums[:, :, (sums[0] > 0).all(axis=0)]
@@ -73,7 +76,7 @@ def image_sheet(Figure, images: Tensor, captions: list[list[str]], title: str):
         axis = figure.add_subplot(rows, 8, i)
         axis.imshow(image.permute(1, 2, 0).numpy())
         axis.axis("off")
-        axis.set_title("\n".join(f"{line:.24}" for line in caption), fontsize=6, parse_math=False)
+        axis.set_title("\n".join(f"{printable(line):.24}" for line in caption), fontsize=6, parse_math=False)
     return figure
 
 
@@ -88,16 +91,16 @@ def training_images(loader):
 
 def predictions(logits: Tensor, labels: Tensor, loader):
     """Yield (name, figure): curves of logits (M, K) with labels (M,), and the loader's images of 32 mistakes."""
-    confidence, wrong = confidence_and_wrong(logits, labels)
+    confidence, error = confidence_and_error(logits, labels)
     with drawing() as Figure:
         figure = Figure(figsize=(9, 4.5))
         left, right = figure.subplots(1, 2)
-        reliability_diagram(left, [(confidence, wrong)], color="#0072b2")
-        risk_coverage(right, [(confidence, wrong)], color="#0072b2")
+        reliability_diagram(left, [(confidence, error)], color="#0072b2")
+        risk_coverage(right, [(confidence, error)], color="#0072b2")
         yield "predictions", figure
 
         captions = []
-        mistakes = (confidence * wrong).argsort(descending=True)[: min(32, int(wrong.sum()))]
+        mistakes = (confidence * error).argsort(descending=True)[: min(32, int(error.sum()))]
         for i in mistakes.tolist():
             true, predicted = loader.class_names[labels[i]], loader.class_names[logits[i].argmax()]
             captions.append([true, predicted, f"{100 * confidence[i]:.1f} %"])

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
+def write_atomic(path: Path, content: bytes | memoryview | Callable[[BinaryIO], None]) -> None:
     """Write a file so that, whatever happens, `path` holds either the old content or the new.
+
+    `content` may be a function that writes it to a file.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -29,7 +33,10 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as f:
-            f.write(content)
+            if callable(content):
+                content(f)
+            else:
+                f.write(content)
             f.flush()
             os.fsync(f.fileno())
         _rename(temporary, path)
@@ -58,8 +65,13 @@ def _rename(temporary: Path, path: Path) -> None:
     """os.replace, then fsync of the directory, so that a power cut does not undo it."""
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    try:
+        os.fsync(directory)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB, FUSE and shared folders cannot do it
+            raise
+    finally:
+        os.close(directory)
 
 
 def write_json(path: Path, value) -> None:

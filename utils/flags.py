@@ -5,40 +5,88 @@ assembles them.
 """
 
 import argparse
+import difflib
 import functools
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from utils import distributed
+from utils.errors import printable
 from utils.machine import has_bf16_instructions
-
-# The flags that say where and how a run is computed or stored. All others define the experiment.
-RUNTIME_FLAGS = frozenset(
-    (
-        "data_path", "workers", "device", "compile", "cuda_graph", "experiments_dir", "run_name", "resume", "val_only",
-        "overwrite", "saveckp_freq", "save_predictions", "allow_end_epoch_change", "allow_change",
-    )
-)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line, from one process per machine."""
+    """An ArgumentParser whose flags have kinds (`add_flag`) and whose error is one line, from one process per machine.
 
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if word.startswith("--") and word.endswith("=--"):  # read as an empty list: python/cpython#109475
-                self.error(f"argument {word[:-3]}: '--' is not a value")
-        return super().parse_known_args(args, namespace)
+    Args:
+        fail: called with the message of an error in place of printing it; must not return.
+    """
+
+    def __init__(self, fail: Callable[[str], None] | None = None, **options):
+        super().__init__(**options)
+        self.fail = fail
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            meant = [meant for word in unknown if word.startswith("--") for meant in self._meant_by(word)]
+            hint = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
+    def _meant_by(self, word: str) -> list[str]:
+        """The flags that an unknown one may mean: those with a name like it, here or in other programs."""
+        flags = {}
+        for action in self._actions:
+            for name in (action.dest, *getattr(action, "also", ())):
+                flags.setdefault(name.lower(), []).append(f"--{action.dest}")
+        given = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
+        nearest = difflib.get_close_matches(given, flags, n=1, cutoff=0.75)
+        return flags[nearest[0]] if nearest else []
 
     def error(self, message: str):
+        if self.fail is not None:
+            self.fail(message)
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
             distributed.wait_for_rank_0()
             self.exit(2)
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        super().error(message)
+        super().error(printable(message))
+
+    def names(self, *kinds: str) -> set[str]:
+        """The flags of these kinds."""
+        return {action.dest for action in self._actions if getattr(action, "kind", None) in kinds}
+
+    def namespace(self, saved: dict) -> argparse.Namespace:
+        """Saved flags as the namespace that parsing starts from: they hold where the command line does not say
+        otherwise. A flag or a name that this program does not know is an error."""
+        actions = {action.dest: action for action in self._actions}
+        for name, value in saved.items():
+            if name not in actions:
+                if value:
+                    self.error(f"--{name} {value}: this program has no such flag")
+                continue
+            choices = actions[name].choices
+            if choices is not None and value not in choices:
+                self.error(f"argument --{name}: {value!r} is none of {', '.join(choices)}")
+        return argparse.Namespace(**saved)
+
+    def differences(self, before: dict, now: dict) -> list[str]:
+        """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
+
+        A flag that only one of them has, because its program was younger or older, has its default in the other; one
+        that this program does not know counts as off.
+        """
+        found = []
+        for name in sorted((before.keys() | now.keys()) - self.names("runtime", "machine")):
+            default = self.get_default(name)
+            old, new = before.get(name, default), now.get(name, default)
+            is_off_in_both = not old and not new and not (name in before and name in now)
+            if old != new and not is_off_in_both:
+                found.append(f"--{name} {old} -> {new}")
+        return found
 
 
 def number_type(kind: type, low, high):
@@ -57,79 +105,128 @@ def number_type(kind: type, low, high):
     return convert
 
 
-def add_number(group, flag: str, kind: type, default, low, high, text: str, reason: str) -> None:
-    """Add a flag for a number from `low` to `high`; `reason` is the default's reason or source."""
+def add_flag(group, flag: str, kind: str = "experiment", also: str = "", **options) -> None:
+    """Add a flag.
+
+    Args:
+        kind: "experiment": it defines the experiment, as all do that do not say otherwise. "runtime": it says where and
+            how a run is computed or stored, so that it may differ on resume. "machine": so it does, and the processes
+            of one run may differ in it.
+        also: what other programs call it, to answer those who type that.
+        options: argparse's.
+    """
+    action = group.add_argument(flag, **options)
+    action.kind, action.also = kind, also.split()
+
+
+def add_switch(group, flag: str, kind: str = "experiment", **options) -> None:
+    """Add a flag that is off unless it is given."""
+    add_flag(group, flag, kind, action="store_true", **options)
+
+
+def add_number(group, flag: str, number: type, default, low, high, text: str, reason: str, **options) -> None:
+    """Add a flag for a number from `low` to `high`; `reason` is the default's reason or source, `options` are
+    add_flag's."""
     shown = "" if default is None else f"{default:g}, "
-    metavar = "N" if kind is int else "X"
     text = f"{text} (default: {shown}{reason})"
-    group.add_argument(flag, type=number_type(kind, low, high), default=default, metavar=metavar, help=text)
+    metavar = "N" if number is int else "X"
+    convert = number_type(number, low, high)
+    add_flag(group, flag, type=convert, default=default, metavar=metavar, help=text, **options)
+
+
+def add_path(group, flag: str, kind: str, text: str, **options) -> None:
+    """Add a flag for a path, in which `~` is expanded, as shells do not after `=`."""
+    add_flag(group, flag, kind, type=os.path.expanduser, help=text, **options)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of optimisation and run."""
     group = parser.add_argument_group("optimisation (SGD, Nesterov momentum 0.9)")
-    number = functools.partial(add_number, group)
-    number("--end_epoch", int, 300, 1, 100_000, "epochs T", "paper")
+    add, number = functools.partial(add_flag, group), functools.partial(add_number, group)
+    number("--end_epoch", int, 300, 1, 100_000, "number of epochs T", "paper", also="epochs num_epochs max_epochs")
     number("--batch_size", int, 128, 1, 1_000_000, "images per step, over all processes", "paper")
-    number("--lr", float, 0.1, 1e-12, 1000, "learning rate", "paper")
-    number("--lr_decay_rate", float, 0.1, 1e-12, 1, "factor at each epoch of the schedule", "paper")
-    group.add_argument(
+    number("--lr", float, 0.1, 1e-12, 1000, "learning rate", "paper", also="learning_rate")
+    add(
+        "--lr_schedule",
+        choices=["step", "cosine"],
+        default="step",
+        help="step: drops as the next two flags say; cosine: from --lr towards 0 along half a cosine, per epoch"
+        " (default: step, paper)",
+        also="scheduler",
+    )
+    number("--lr_decay_rate", float, 0.1, 1e-12, 1, "step: factor at each epoch of the schedule", "paper", also="gamma")
+    add(
         "--lr_decay_schedule",
         type=number_type(int, 1, 10**9),
         nargs="*",
         default=[150, 225],
         metavar="EPOCH",
-        help="epochs, ascending, at which the rate drops (default: 150 225, paper)",
+        help="step: epochs, ascending, at which the rate drops (default: 150 225, paper)",
+        also="milestones",
     )
-    number("--weight_decay", float, 5e-4, 0, 1, "on every parameter", "published script")
-    number("--seed", int, 4, 0, 2**32 - 1, "of weights, order and augmentation", "published script")
+    text = "increase the rate linearly over the first N epochs: --lr / (N + 1), 2 --lr / (N + 1), ..."
+    number("--warmup_epochs", int, 0, 0, 100_000, text, "paper, none", also="warmup")
+    number("--weight_decay", float, 5e-4, 0, 1, "on every parameter", "published script", also="wd")
+    text = "random seed (initialisation, data order, augmentation)"
+    number("--seed", int, 4, 0, 2**32 - 1, text, "published script")
 
     group = parser.add_argument_group("run")
-    number, flag = functools.partial(add_number, group), functools.partial(group.add_argument, action="store_true")
-    group.add_argument(
-        "--experiments_dir",
-        default="experiments",
-        metavar="DIR",
-        help="parent of run directories (default: %(default)s)",
+    add, number, path = (functools.partial(function, group) for function in (add_flag, add_number, add_path))
+    switch = functools.partial(add_switch, group)
+    text = "parent of run directories (default: %(default)s, below the working directory)"
+    path("--experiments_dir", "machine", text, default="experiments", metavar="DIR", also="output output_dir out")
+    text = (
+        "the run's directory (default: <data>_<model>_<methods>_seed<seed>, a name for each row of the paper's tables)"
     )
-    group.add_argument("--run_name", metavar="NAME", help="(default: <data>_<model>_<methods>_seed<seed>)")
-    group.add_argument(
-        "--resume", metavar="PATH", help="continue from this checkpoint or run directory, with the same flags"
-    )
-    flag(
-        "--val_only", help="with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
-    )
-    flag("--overwrite", help="start over, replacing what the run directory holds")
-    flag("--allow_end_epoch_change", help="let --end_epoch differ on resume, though PS-KD's alpha_t depends on it")
-    group.add_argument(
+    add("--run_name", "runtime", metavar="NAME", help=text)
+    text = "continue from this checkpoint or run directory, with the same flags (default: the run's own, if any)"
+    path("--resume", "runtime", text, metavar="PATH", also="checkpoint")
+    text = "with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
+    switch("--val_only", "runtime", help=text, also="eval evaluate test")
+    switch("--overwrite", "runtime", help="start over, replacing what the run directory holds")
+    add(
         "--allow_change",
+        "runtime",
         nargs="+",
-        default=[],
         choices=["end_epoch", "precision", "processes"],
+        default=[],
         metavar="NAME",
-        help="let these differ on resume, and record it: end_epoch, precision, processes (default: none)",
+        help="let these differ on resume, and record it: end_epoch, precision, processes (default: none, since a run is"
+        " then no longer what one command computes)",
     )
-    flag("--save_predictions", help="keep the last epoch's validation logits in predictions.npz")
-    number("--saveckp_freq", int, 0, 0, 10**9, "also keep a checkpoint every N epochs", "only last, previous and best")
-    group.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
-    )
-    group.add_argument(
+    text = "the same as --allow_change end_epoch; PS-KD's alpha_t depends on it"
+    switch("--allow_end_epoch_change", "runtime", help=text)
+    switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
+    text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"
+    number("--saveckp_freq", int, 0, 0, 10**9, text, reason, kind="runtime")
+    text = "auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if any)"
+    add("--device", "runtime", default="auto", metavar="NAME", help=text, also="gpu")
+    add(
         "--precision",
-        choices=["auto", "fp32", "tf32", "bf16"],
+        choices=["auto", "fp32", "tf32", "bf16", "fp16"],
         default="auto",
-        help="auto is bf16 where the processor has it, else fp32; losses, memory and metrics are float32 or better in "
-        "all (default: %(default)s)",
+        help="auto: bf16 if the hardware supports it, else fp32; fp16, with a scaled loss, is for GPUs without bf16"
+        " (V100, T4, RTX 20) and never chosen by auto, because its accuracy has not been measured yet; losses, memory"
+        " and metrics are float32 or better in all (default: %(default)s, the fastest that needs no loss scaling)",
+        also="amp",
     )
-    flag("--compile", help="torch.compile the network and the losses (default: off, not yet measured on a GPU)")
-    flag("--cuda_graph", help="capture the training step as a CUDA graph, on one GPU (default: off, not yet measured)")
-    flag("--sync_bn", help="BatchNorm over all processes' images (GPUs only)")
+    text = "torch.compile the network and the losses (default: off, not yet measured on a GPU)"
+    switch("--compile", "runtime", help=text)
+    text = (
+        "capture the training step as a CUDA graph, on one GPU; may double the memory (default: off, not yet measured)"
+    )
+    switch("--cuda_graph", "runtime", help=text)
+    text = "synchronise BatchNorm across processes, on GPUs (default: off, statistics per process)"
+    switch("--sync_bn", help=text)
 
 
 def check_flags(args: argparse.Namespace, fail) -> None:
     """Check the flags of this module, and resolve `auto`; `fail(message)` reports an error and does not return."""
+    args.allow_change = sorted({*args.allow_change, *["end_epoch"] * args.allow_end_epoch_change})
     if sorted(set(args.lr_decay_schedule)) != args.lr_decay_schedule:
         fail(f"argument --lr_decay_schedule: {args.lr_decay_schedule} must ascend")
+    if args.warmup_epochs and args.warmup_epochs >= args.end_epoch:
+        fail(f"argument --warmup_epochs: {args.warmup_epochs} leaves none of the {args.end_epoch} epochs after it")
     if args.val_only and not args.resume:
         fail("argument --val_only: has no effect without --resume")
     if args.overwrite and args.resume:
@@ -142,6 +239,8 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
     """Device, precision and number of processes."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.split(":")[0] == "mps":
+        fail("argument --device: 'mps' has no float64, which the metrics and the means of losses need; use cpu")
     try:
         device = distributed.local_device(args.device)
         if device.type not in ("cpu", "cuda"):
@@ -156,7 +255,7 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         if torch.cuda.device_count() < distributed.num_local():
-            fail(f"argument --device: {distributed.num_local()} processes for {torch.cuda.device_count()} GPUs")
+            fail(f"argument --device: {distributed.num_local()} processes but only {torch.cuda.device_count()} GPUs")
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -166,7 +265,9 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
     if args.precision == "tf32" and not on_gpu:
         fail("argument --precision: tf32 needs an NVIDIA GPU; a CPU has fp32 and bf16")
     if args.precision == "bf16" and on_gpu and not bf16:
-        fail("argument --precision: this GPU has no bf16; use fp32")
+        fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
+    if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
+        fail("argument --precision: fp16 needs a GPU of compute capability 7.0 or higher; use fp32")
     if args.sync_bn and not on_gpu and not args.val_only:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
     if args.cuda_graph and not (on_gpu and distributed.num_launched() == 1):
@@ -198,27 +299,17 @@ def _check_paths(fail, args: argparse.Namespace) -> None:
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
 
 
-def differences(before: dict, now: dict) -> list[str]:
-    """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
-
-    A flag that only one of them has, because the program was younger or older, counts as off in the other.
-    """
-    names = sorted((before.keys() | now.keys()) - RUNTIME_FLAGS)
-    return [
-        f"--{n} {before.get(n)} -> {now.get(n)}"
-        for n in names
-        if before.get(n) != now.get(n) and (before.get(n) or now.get(n) or (n in before and n in now))
-    ]
-
-
 def notes(args, device: torch.device) -> list[str]:
     """Warnings of flags that are allowed but probably not intended."""
     found = []
-    if not any(epoch < args.end_epoch for epoch in args.lr_decay_schedule):
+    drops = args.lr_schedule == "cosine" or any(epoch < args.end_epoch for epoch in args.lr_decay_schedule)
+    if not drops:
         schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"
         found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
+    if args.precision == "fp16" and device.type == "cpu":
+        found.append("--precision fp16 on a CPU is for tests: fp32 is faster")
     if args.compile:
         found.append("--compile: compiling in the first step takes minutes")
     return found

@@ -13,12 +13,11 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
-from utils.flags import RUNTIME_FLAGS
-from utils.metrics import METRICS
+from utils.metrics import SHOWN, shown_metrics
 from utils.records import classifiers, results_table
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
-COLUMNS = [*(f"final/{name}" for name in METRICS), "ensemble/top1_error", "test/top1_error", "run/seconds"]
+COLUMNS = [*(f"final/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
 
 
 class Logger:
@@ -42,7 +41,7 @@ class Logger:
         if self.silent:
             return
         self._log.write(f"{text}\n")
-        with contextlib.suppress(BrokenPipeError):  # a closed pager must not stop the run
+        with contextlib.suppress(OSError):  # a closed pager or terminal must not stop the run
             print(f"{text}\n", end="", flush=True)  # in one write: several runs may share a terminal
 
     def bar(self, loader, meter) -> Iterator:
@@ -52,12 +51,12 @@ class Logger:
         with tqdm(total=loader.num_samples, desc=text, unit="img", leave=False, mininterval=1, disable=disable) as bar:
             for batch in loader:
                 yield batch
-                if bar.update(min(loader.batch_size, loader.num_samples - bar.n)):  # drawn, once per second
-                    means = meter.own_means(bar.n)  # waits for the device
+                if bar.update(meter.num_images - bar.n):  # drawn, once per second
+                    means = meter.local_means()  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
     def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[dict]) -> None:
-        """Before the first epoch of this command: what is trained, warnings, the command line's flags, the records of
+        """Before the first epoch of this command: what is trained, warnings, the flags that define it, the records of
         earlier epochs, and images of the training loader's current epoch."""
         if self.silent:
             return
@@ -66,7 +65,6 @@ class Logger:
             self.info(f"note: {note}")
         if not self._draws:
             self.info("note: no pictures in TensorBoard without matplotlib (pip install -r scripts/requirements.txt)")
-        flags = {name: value for name, value in flags.items() if name not in RUNTIME_FLAGS}
         flags = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
         for summary in hparams(flags, dict.fromkeys(COLUMNS))[:2]:  # add_hparams would write all scalars again
             self._board.file_writer.add_summary(summary)
@@ -82,7 +80,7 @@ class Logger:
         loss = f"loss {record['train']['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
         seconds = record["seconds"] + record["seconds_validation"] + record["seconds_saving"]
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
-        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in METRICS.items()]
+        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
         self.info(
             f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  {loss}"
             f"  top-1 err {record['train']['top1_error']:.2f}  | val {'  '.join(metrics)}"
@@ -94,8 +92,8 @@ class Logger:
 
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
-        test = results["test"]["last"]["val"] if "test" in results else {}
-        values = {f"test/{name}": value for name, value in test.items()}
+        test = results["test"]["last"]["val"] if results.get("test") else {}
+        values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
         self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
         self.info(results_table(results))
 
@@ -123,6 +121,6 @@ def scalars(record: dict) -> dict[str, float]:
     """A line of metrics.jsonl by TensorBoard's names: `train/…`, `exit 1/…`, `final/…`, `ensemble/…`, `run/…`."""
     values = {f"run/{name}": value for name, value in record.items() if isinstance(value, (int, float))}
     for group, metrics in {"train": record["train"], **classifiers(record)}.items():
-        for name, value in metrics.items():
+        for name, value in shown_metrics(metrics).items():
             values[f"{group}/{name}"] = value
     return values

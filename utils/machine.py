@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import platform
 import random
 import re
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 # Keys of config.json that say where a run was computed.
 MACHINE_FACTS = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
@@ -46,6 +46,8 @@ def machine_facts(device: torch.device, processes: int = 1) -> dict:
     else:
         model = re.search(r"model name\s*: (.+)", _cpu_info())
         name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    import torchvision  # here: it takes a second
+
     versions = (platform.python_version(), str(torch.__version__), torchvision.__version__)
     return dict(zip(MACHINE_FACTS, (*versions, name, processes, _git_commit()), strict=True))
 
@@ -62,10 +64,14 @@ def _cpu_info() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, marked where files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
+    """The commit of this code, marked where files differ from it; None where this code is not a repository's root: it
+    may lie unpacked inside another one, and git's variables may name yet another."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    command += ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    options = {"cwd": root, "env": environment, "capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.run(command, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return git.stdout.strip()

@@ -1,28 +1,40 @@
-"""The reported metrics: top-1 and top-5 error, NLL, ECE, AURC and E-AURC, in float64, in O(M (K + log M))."""
+"""The reported metrics of a classifier, from its logits: in float64, in chunks of rows, in O(M (K + log M))."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from utils.errors import NonFiniteError
+
 
 class Metric(NamedTuple):
-    """How a metric is printed."""
+    """How a metric is printed, and whether the console, the tables and TensorBoard show it without being asked."""
 
     heading: str
     unit: str
     decimals: int
+    shown: bool = True
 
 
 METRICS = {
+    # the six of `classification_metrics`
     "top1_error": Metric("top-1 err", "%", 2),
     "top5_error": Metric("top-5 err", "%", 2),
     "nll": Metric("NLL", "nats", 4),
     "ece": Metric("ECE", "%", 2),
     "aurc": Metric("AURC", "x 1000", 2),
     "eaurc": Metric("E-AURC", "x 1000", 2),
+    # the four of `extended_metrics`
+    "augrc": Metric("AUGRC", "x 1000", 2, shown=False),
+    "auroc_failure": Metric("AUROC_f", "%", 2, shown=False),
+    "brier": Metric("Brier", "", 4, shown=False),
+    "adaptive_ece": Metric("ad. ECE", "%", 2, shown=False),
 }
+SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}
 NUM_BINS = 10  # of ECE, as the paper
+NUM_ADAPTIVE_BINS = 15  # of adaptive ECE
+CHUNK = 2**18  # logits that are in memory as float64 at a time: 2 MB, about a processor's cache
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -39,73 +51,178 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     values depends on the order of the samples.
 
     Raises:
-        ValueError: no samples, shapes that do not fit, labels out of range, NaN or +inf among the logits.
+        NonFiniteError: NaN or +inf among the logits.
+        ValueError: no samples, shapes that do not fit, labels out of range.
+    """
+    return shown_metrics(all_metrics(per_sample(logits, labels).cpu()))
+
+
+def extended_metrics(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """More metrics of the same predictions: arguments, order of samples and what is raised as there.
+
+    Returns:
+        `augrc`: see `augrc`, times 1000.
+        `auroc_failure`: see `auroc_failure`, in percent; None where no prediction or every prediction is wrong.
+        `brier`: mean over samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950).
+        `adaptive_ece`: see `adaptive_calibration_error`, in percent.
+    """
+    values = all_metrics(per_sample(logits, labels).cpu())
+    return {name: value for name, value in values.items() if name not in SHOWN}
+
+
+def shown_metrics(record: dict) -> dict:
+    """A record's entries without the metrics that are not shown by default."""
+    return {name: value for name, value in record.items() if name in SHOWN or name not in METRICS}
+
+
+def all_metrics(samples: Tensor) -> dict[str, float | None]:
+    """Every metric in METRICS, of what `per_sample` returns, (4, M), which is on the CPU: sorting on a GPU would wait
+    for it many times.
+
+    Raises:
+        NonFiniteError: as `classification_metrics`.
+    """
+    confidence, rank, nll, brier = samples
+    if not confidence.isfinite().all():  # a NaN or +inf in a row makes it NaN
+        raise NonFiniteError("logits are not finite")
+    error = (rank > 0).double()
+    aurc = risk_coverage_curve(confidence, error).mean()
+    # The best ordering has every error last, which is what ordering by -error gives.
+    best_aurc = risk_coverage_curve(-error, error).mean()
+    auroc = auroc_failure(confidence, error)
+    return {
+        "top1_error": 100 * error.mean().item(),
+        "top5_error": 100 * (rank >= 5).double().mean().item(),
+        "nll": nll.mean().item(),
+        "ece": 100 * expected_calibration_error(confidence, error).item(),
+        "aurc": 1000 * aurc.item(),
+        "eaurc": 1000 * (aurc - best_aurc).item(),
+        "augrc": 1000 * augrc(confidence, error).item(),
+        "auroc_failure": None if auroc is None else 100 * auroc.item(),
+        "brier": brier.mean().item(),
+        "adaptive_ece": 100 * adaptive_calibration_error(confidence, error).item(),
+    }
+
+
+def rows_per_chunk(num_classes: int) -> int:
+    """Rows of logits that are computed on at a time."""
+    return max(1, CHUNK // num_classes)
+
+
+def per_sample(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """What the metrics are computed from, after the logits (M, K) were divided by the temperature.
+
+    Returns:
+        (4, M) float64, on the logits' device: largest probability, number of classes that come before the label, NLL,
+        Brier score.
+
+    Raises:
+        ValueError: no samples, shapes that do not fit, labels out of range.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"need logits (M, K) and labels (M,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}")
-    confidence, rank, nll = _per_sample(logits, labels)
-    if not confidence.isfinite().all():  # a NaN or +inf in a row makes it NaN
-        raise ValueError("logits are not finite")
-    wrong = (rank > 0).double()
-    curve = risk_coverage_curve(confidence, wrong)
-    values = {
-        "top1_error": 100 * wrong.mean(),
-        "top5_error": 100 * (rank >= 5).double().mean(),
-        "nll": nll.mean(),
-        "ece": 100 * expected_calibration_error(confidence, wrong),
-        "aurc": 1000 * curve.mean(),
-        # The best ordering has every wrong sample last, which is what ordering by -wrong gives.
-        "eaurc": 1000 * (curve.mean() - risk_coverage_curve(-wrong, wrong).mean()),
-    }
-    return {name: value.item() for name, value in values.items()}
+    num_classes = logits.shape[1]
+    if ((labels < 0) | (labels >= num_classes)).any():
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}")
+    rows = rows_per_chunk(num_classes)
+    chunks = zip(logits.detach().split(rows), labels.split(rows), strict=True)
+    return torch.cat([_per_sample(z.double() / temperature, label) for z, label in chunks], dim=1)
 
 
-def _per_sample(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest probability, number of classes that come before the label, and NLL: (M,) each."""
-    logits = logits.detach().double()
-    log_norm = logits.logsumexp(dim=1)
-    of_label = logits.gather(1, labels[:, None])
-    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+def _per_sample(logits: Tensor, labels: Tensor) -> Tensor:
+    """`per_sample` of one chunk in float64."""
+    label = labels[:, None]
+    log_norm = logits.logsumexp(dim=1, keepdim=True)
+    confidence = (logits.amax(dim=1, keepdim=True) - log_norm).exp()
+    of_label = logits.gather(1, label)
+    nll = log_norm - of_label
+    before = torch.arange(logits.shape[1], device=logits.device) < label
     rank = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
-    return (logits.max(dim=1).values - log_norm).exp(), rank, log_norm - of_label[:, 0]
+    # probability minus 1 at the label, minus 0 elsewhere
+    difference = (logits - log_norm).exp_().scatter_add_(1, label, -torch.ones_like(of_label))
+    brier = difference.square_().sum(dim=1)
+    return torch.stack([confidence[:, 0], rank.double(), nll[:, 0], brier])
 
 
-def confidence_and_wrong(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest probability, and 1 where the prediction is wrong, else 0: (M,) float64 each, of logits (M, K) and
-    labels (M,)."""
-    confidence, rank, _ = _per_sample(logits, labels)
+def confidence_and_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Largest probability, and 1 where the prediction is wrong, else 0: (M,) float64 each, on the CPU, of logits
+    (M, K), which are divided by the temperature first, and labels (M,)."""
+    confidence, rank, _, _ = per_sample(logits, labels, temperature).cpu()
     return confidence, (rank > 0).double()
 
 
-def reliability(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reliability(confidence: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums by bin of confidence, (NUM_BINS,) each: samples, confidence, right answers.
 
     Bins are equally wide, open below and closed above (Guo et al., ICML 2017). confidence (M,) float64 in
-    (0, 1], wrong (M,) of 0 and 1.
+    (0, 1], error (M,) of 0 and 1.
     """
     borders = confidence.new_tensor([i / NUM_BINS for i in range(1, NUM_BINS)])
     which = torch.bucketize(confidence, borders)
     sums = confidence.new_zeros(3, NUM_BINS)
-    sums.index_add_(1, which, torch.stack([torch.ones_like(confidence), confidence, 1 - wrong]))
+    sums.index_add_(1, which, torch.stack([torch.ones_like(confidence), confidence, 1 - error]))
     return sums.unbind()
 
 
-def expected_calibration_error(confidence: Tensor, wrong: Tensor) -> Tensor:
+def expected_calibration_error(confidence: Tensor, error: Tensor) -> Tensor:
     """sum over bins of |accuracy - mean confidence| x fraction of the samples, in 0..1 (Guo et al.)."""
-    _, confident, right = reliability(confidence, wrong)
+    _, confident, right = reliability(confidence, error)
     return (right - confident).abs().sum() / len(confidence)
 
 
-def risk_coverage_curve(confidence: Tensor, wrong: Tensor) -> Tensor:
-    """Error among the k most confident samples, for k = 1..M: (M,) (Geifman et al., ICLR 2019).
+def by_rank(confidence: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and error of the k-th most confident sample, for k = 1..M: (M,) each.
 
-    Where confidences tie, the mean over all orders of the tied samples: their errors, spread evenly over their
-    ranks. confidence (M,), wrong (M,) float64 of 0 and 1.
+    Where confidences tie, the error's mean over all orders of the tied samples: their errors, spread evenly over
+    their ranks. So nothing that is computed from both depends on the order of the data. confidence (M,), error (M,)
+    float64 of 0 and 1.
     """
-    order = confidence.argsort(descending=True)
-    _, group, size = confidence[order].unique_consecutive(return_inverse=True, return_counts=True)
-    errors = wrong.new_zeros(len(size)).index_add_(0, group, wrong[order])
-    rank = torch.arange(1, len(wrong) + 1, device=wrong.device)
-    return (errors / size)[group].cumsum(0) / rank
+    falling, order = confidence.sort(descending=True)
+    _, group, size = falling.unique_consecutive(return_inverse=True, return_counts=True)
+    errors = error.new_zeros(len(size)).index_add_(0, group, error[order])
+    return falling, (errors / size)[group]
+
+
+def risk_coverage_curve(confidence: Tensor, error: Tensor) -> Tensor:
+    """Error among the k most confident samples, for k = 1..M: (M,) (Geifman et al., ICLR 2019); ties as `by_rank`."""
+    _, error = by_rank(confidence, error)
+    return error.cumsum(0) / torch.arange(1, len(error) + 1, device=error.device)
+
+
+def augrc(confidence: Tensor, error: Tensor) -> Tensor:
+    """Area under the generalised risk-coverage curve, in 0..0.5 (Traub et al., NeurIPS 2024).
+
+    The curve is (errors among the k most confident samples) / M over k / M, from (0, 0), with straight lines between
+    its points. Tied confidences are one point: their errors are spread evenly, on the straight line to it.
+    """
+    _, error = by_rank(confidence, error)
+    return (error.cumsum(0) - error / 2).sum() / len(error) ** 2
+
+
+def auroc_failure(confidence: Tensor, error: Tensor) -> Tensor | None:
+    """P(a right answer's confidence > a wrong one's), a tie counting half, in 0..1; None where there is no right or
+    no wrong answer, and so no such pair.
+
+    With accuracy a, augrc = (1 - auroc_failure) a (1 - a) + (1 - a)^2 / 2 (Traub et al.); without a pair, the first
+    term is 0.
+    """
+    _, error = by_rank(confidence, error)
+    num_errors = error.sum().round()
+    num_pairs = num_errors * (len(error) - num_errors)
+    if num_pairs == 0:
+        return None
+    errors_after = num_errors - error.cumsum(0) + error / 2
+    return ((1 - error) * errors_after).sum() / num_pairs
+
+
+def adaptive_calibration_error(confidence: Tensor, error: Tensor) -> Tensor:
+    """ECE with bins of equally many samples instead of equal width, in 0..1 (Nguyen and O'Connor, EMNLP 2015).
+
+    Of M samples by falling confidence, the one with rank k = 1..M falls into bin floor((k - 1) NUM_ADAPTIVE_BINS / M),
+    so that sizes differ by one at most. Samples tied over a border are divided among its bins in proportion, each with
+    their mean error.
+    """
+    confidence, error = by_rank(confidence, error)
+    bins = torch.arange(len(error), device=error.device) * NUM_ADAPTIVE_BINS // len(error)
+    gaps = error.new_zeros(NUM_ADAPTIVE_BINS).index_add_(0, bins, 1 - error - confidence)
+    return gaps.abs().sum() / len(error)

@@ -1,6 +1,6 @@
 """An epoch's record, a line of metrics.jsonl: its classifiers by name, the best one, and the table of results."""
 
-from utils.metrics import METRICS
+from utils.metrics import SHOWN
 
 
 def classifiers(record: dict) -> dict[str, dict]:
@@ -23,7 +23,7 @@ def best_record(history: list[dict]) -> dict | None:
 def results_table(results: dict) -> str:
     """Each classifier's metrics in the last and the best epoch, and on the test split, if there is one, as they are,
     after temperature scaling, and with early exit."""
-    rows = [["", *(m.heading for m in METRICS.values())], ["", *(m.unit for m in METRICS.values())]]
+    rows = [["", *(m.heading for m in SHOWN.values())], ["", *(m.unit for m in SHOWN.values())]]
     titles = {"last": "last epoch", "best": "best epoch"}
     if results["last"] == results.get("best"):
         titles = {"last": "last and best epoch"}
@@ -47,7 +47,7 @@ def metric_rows(title: str, record: dict) -> list[list[str]]:
     """Rows of a title and of each classifier that a loss trains."""
     rows = [[title]]
     for name, metrics in classifiers(record).items():
-        cells = [f"{metrics[key]:.{m.decimals}f}" if key in metrics else "-" for key, m in METRICS.items()]
+        cells = [f"{metrics[key]:.{m.decimals}f}" if key in metrics else "-" for key, m in SHOWN.items()]
         rows.append([f"  {name}", *cells])
     return rows
 

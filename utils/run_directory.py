@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils import distributed
-from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, write_checkpoint
+from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, reading, write_checkpoint
 from utils.errors import Interrupted, UserError
 from utils.files import link_atomic, write_atomic
-from utils.flags import differences
 from utils.records import best_record
 
 # Beside checkpoints; what --overwrite removes.
@@ -33,10 +32,13 @@ class RunDirectory:
     A checkpoint is the complete run (utils/checkpoint.py). config.json, metrics.jsonl and results.json are exported
     from it, after it: they can neither be torn nor run ahead, and are never read back. On an exception, results.json
     gets the status "interrupted" or "failed".
+
+    Args:
+        differences: of two command lines, the flags in which they define different experiments (utils/flags.py).
     """
 
-    def __init__(self, path: Path, flags: dict):
-        self.path, self.flags = path, flags
+    def __init__(self, path: Path, flags: dict, differences: Callable[[dict, dict], list[str]]):
+        self.path, self.flags, self.differences = path, flags, differences
         self.is_main = distributed.is_main()
         self.is_finished = False
         self.source: Path | None = None  # the checkpoint that the run continues from
@@ -101,9 +103,10 @@ class RunDirectory:
             if self.flags["resume"] is None:
                 return None, None, False
         checkpoint, source, note = find_checkpoint(self.path if is_here else Path(self.flags["resume"]))
-        if is_here and self.flags["resume"] is not None:
-            self._check_origin(checkpoint)
-        self._check_flags(checkpoint, source)
+        with reading(source):
+            if is_here and self.flags["resume"] is not None:
+                self._check_origin(checkpoint)
+            self._check_flags(checkpoint, source)
         done, wanted = len(checkpoint["history"]), self.flags["end_epoch"]
         self._num_saved = done if is_here else 0
         if note:
@@ -184,7 +187,7 @@ class RunDirectory:
                 change = {"epoch": done, "name": name, "before": before.get(name), "after": now[name]}
                 checkpoint["changes"].append(change)
                 before[name] = now[name]
-        differ = [line.replace("--processes", "processes") for line in differences(before, now)]
+        differ = [line.replace("--processes", "processes") for line in self.differences(before, now)]
         if differ:
             remedy = "give the same ones, another --run_name, or --overwrite to start over"
             raise UserError(

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from helpers import read_records, run
 from hypothesis import given, settings
@@ -22,11 +23,24 @@ from hypothesis import strategies as st
 import main
 from loss import METHODS
 from models import MODELS
+from utils import flags
 
 WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words of the answer, in this order
     ("--PSDK", "--PSDK"),
     ("'--new\nline'", r"--new\nline"),
-    *((f"--{name}=--", f"--{name} '--'") for name in ("lr", "data_type", "data_path", "width", "run_name", "resume")),
+    ("--epochs 3", "--epochs mean --end_epoch?"),
+    ("--epoch 3", "--epoch mean --end_epoch?"),
+    ("--model resnet18", "--model mean --classifier_type?"),
+    ("--arch=resnet18", "--arch mean --classifier_type?"),
+    ("--data x", "--data mean --data_type or --data_path?"),
+    ("--output x", "--output mean --experiments_dir?"),
+    ("--batch-size 64", "--batch-size mean --batch_size?"),
+    ("--learning_rate 0.1", "--learning_rate mean --lr?"),
+    ("--pskd --lr_decay_shedule 3", "--pskd mean --PSKD or --lr_decay_schedule?"),
+    ("--warmup_epochs 3 --end_epoch 3", "--warmup_epochs 3 none 3"),
+    ("--lr_schedule linear", "--lr_schedule 'linear' step cosine"),
+    ("--device mps", "--device 'mps' float64 cpu"),
+    ("--device mps:0", "--device 'mps' float64 cpu"),
     ("--alpha_T 1.5", "--alpha_T '1.5' number 0 1"),
     ("--BYOT_from_k_block 4", "--BYOT_from_k_block '4' integer 1 3"),
     ("--classes 101", "--classes 101 100 cifar100"),
@@ -36,6 +50,7 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("--precision tf32 --device cpu", "--precision tf32 GPU fp32 bf16"),
     ("--device cuda:99", "--device 'cuda:99' cpu"),
     ("--cuda_graph --device cpu", "--cuda_graph GPU"),
+    ("--allow_change lr", "--allow_change 'lr' end_epoch precision processes"),
     ("--DML_on_output", "--DML_on_output --DML"),
     ("--DML --DML_on_output --DML_as_published", "--DML_on_output --DML_as_published"),
     ("--PSKD --label_smoothing 0.1", "--label_smoothing --PSKD"),
@@ -79,6 +94,74 @@ def test_limits_are_accepted_and_the_run_is_named_after_data_network_methods_and
     assert all(f"--{name}" in text for name in vars(main.parse_args([])))
 
 
+def test_every_flag_has_a_kind():
+    flags = set(vars(main.default_args()))
+    assert main.build_parser().names("experiment") == flags - main.RUNTIME_FLAGS
+    assert main.PER_MACHINE == {"data_path", "workers", "experiments_dir"} < main.RUNTIME_FLAGS
+    assert {"device", "resume", "val_only", "compile", "saveckp_freq", "allow_change"} < main.RUNTIME_FLAGS
+    assert main.RUNTIME_FLAGS.isdisjoint({"PSKD", "alpha", "data_type", "width", "seed", "precision", "sync_bn"})
+
+
+def test_differences_are_those_of_the_experiment():
+    differences = main.build_parser().differences
+    now = vars(main.default_args())
+    assert differences(now, now | {"lr": 0.2, "workers": 1, "resume": "run"}) == ["--lr 0.1 -> 0.2"]
+    assert differences(now | {"PSKD": True}, now) == ["--PSKD True -> False"]
+
+
+def test_flags_that_one_program_lacks_have_their_default_or_are_off():
+    differences = main.build_parser().differences
+    now = vars(main.default_args())
+    older = {name: value for name, value in now.items() if name not in ("weight_decay", "label_smoothing")}
+    assert differences(older, now) == differences(now | {"unknown": 0.0, "other": None}, now) == []
+    assert differences(older, now | {"weight_decay": 0.1}) == ["--weight_decay 0.0005 -> 0.1"]
+    assert differences(now | {"unknown": 0.1}, now) == ["--unknown 0.1 -> None"]
+
+
+def test_default_args_touch_no_device(monkeypatch):
+    monkeypatch.setattr("torch.zeros", None)
+    monkeypatch.setattr("torch.cuda.is_available", None)
+    defaults = main.default_args()
+    assert (defaults.device, defaults.precision, defaults.end_epoch) == ("auto", "auto", 300)
+
+
+def test_saved_flags_hold_unless_the_command_line_says_otherwise():
+    saved = {"lr": 0.2, "BYOT": True, "lr_decay_schedule": [3], "classifier_type": "resnet34", "device": "cpu"}
+    args = main.parse_args(["--lr", "0.3"], saved=saved)
+    assert vars(args).items() >= {**saved, "lr": 0.3, "run_name": "cifar100_resnet34_BYOT_seed4"}.items()
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"confidence_penalty": 0.5}, "--confidence_penalty 0.5: this program has no such flag"),
+        ({"classifier_type": "vit"}, "argument --classifier_type: 'vit' is none of resnet18, resnet34"),
+    ],
+)
+def test_saved_flags_that_this_program_lacks_are_named(saved, message):
+    def fail(text):
+        raise ValueError(text)
+
+    with pytest.raises(ValueError, match=message):
+        main.parse_args([], fail, saved)
+    main.parse_args([], fail, {"confidence_penalty": 0.0})  # off
+
+
+def test_allow_end_epoch_change_is_one_of_the_allowed_changes():
+    for words in (["--allow_end_epoch_change"], ["--allow_change", "end_epoch"]):
+        assert main.parse_args(words).allow_change == ["end_epoch"]
+    words = ["--allow_end_epoch_change", "--allow_change", "processes", "precision"]
+    assert main.parse_args(words).allow_change == ["end_epoch", "precision", "processes"]
+
+
+def test_a_note_says_that_the_learning_rate_never_drops():
+    def notes(*words):
+        return flags.notes(main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), torch.device("cpu"))
+
+    assert notes() == notes("--end_epoch", "2", "--lr_schedule", "cosine") == []
+    assert "the learning rate never drops" in notes("--end_epoch", "150")[0]
+
+
 def power(low: float, high: float):
     return st.floats(low, high).map(lambda x: 10**x)
 
@@ -110,7 +193,8 @@ def test_any_flags_are_refused_by_name_or_end_in_finite_metrics(switches, values
             return
         for record in read_records(Path(parent, "run")):
             for numbers in filter(None, (record["train"], record["val"], record["ensemble"], *record["exits"])):
-                assert all(map(math.isfinite, numbers.values())) and numbers["top1_error"] <= 100
+                assert all(math.isfinite(number) for number in numbers.values() if number is not None)
+                assert numbers["top1_error"] <= 100
 
 
 def test_ctrl_c_while_pytorch_is_imported_and_a_run_from_a_strange_directory_whose_pager_was_left(tmp_path):

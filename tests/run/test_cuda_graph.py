@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -38,29 +39,33 @@ def parse(words: str):
 def loader(args, device, dtype, **training) -> Loader:
     random, num, size = np.random.RandomState(0), args.limit_train, args.image_size
     split = Split(random.randint(0, 256, (num, size, size, 3), dtype=np.uint8), random.randint(0, 10, num))
-    images = Loader(split, [str(k) for k in range(10)], (0.5,) * 3, (0.25,) * 3, size, device, **training)
+    record = {"class_names": [str(k) for k in range(10)], "mean": [0.5] * 3, "std": [0.25] * 3}
+    images = Loader(split, record, size, device, **training)
     images.scale, images.shift = images.scale.to(dtype), images.shift.to(dtype)
     return images
 
 
-def train(device, words: str, dtype=torch.float64, graph=False, compile=False) -> dict:
+def train(device, words: str, dtype=torch.float64, graph=False, compile=False, transform=None) -> dict:
     """What the epochs of a run leave behind."""
     args = parse(words)
     images = loader(args, device, dtype, augmentation="crop", batch_size=args.batch_size)
     model = build_model(args, 10).to(device, dtype, memory_format=torch.channels_last)
     objective = build_objective(args, args.limit_train, 10).to(device, dtype)
     optimizer, schedule = engine.build_optimizer(args, model), engine.build_schedule(args)
-    step = engine.TrainStep(model, objective, optimizer, device, args.precision, compile)
+    step = engine.TrainStep(model, objective, optimizer, device, args.precision, compile, transform)
     step = GraphedStep(step) if graph else step
-    means = []
+    epochs = []
     for epoch in range(args.end_epoch):
         optimizer.param_groups[0]["lr"] = schedule(epoch)
         model.train()
         objective.train().set_epoch(epoch)
         images.set_epoch(epoch)
-        means.append(engine.train_one_epoch(step, images)["train"])
+        torch.manual_seed(epoch)
+        epochs.append(engine.train_one_epoch(step, images))
         logits, _ = engine.predict(model, loader(args, device, dtype), args.precision)
-    return {"model": model.state_dict(), "objective": objective.state_dict(), "means": means, "logits": logits}
+    left = {"model": model.state_dict(), "objective": objective.state_dict(), "scaler": step.scaler.state_dict()}
+    left |= {"logits": logits, "skipped": [e.get("skipped_steps", 0) for e in epochs]}
+    return left | {"means": [e["train"] for e in epochs]}
 
 
 @pytest.mark.parametrize("words", COMBINATIONS)
@@ -71,6 +76,33 @@ def test_captured_step_equals_the_plain_step_to_the_bit(words, emulated_graphs):
     indices = [index for name, args in replayed if name == "aten.index" for index in tree_leaves(args[1])]
     assert not [index for index in indices if index.dtype == torch.bool]  # a mask makes the processor wait
     assert not {name for name, _ in replayed} & WAITING
+
+
+def test_captured_fp16_step_skips_and_rescales_as_the_plain_one(emulated_graphs, monkeypatch):
+    """With the fused optimiser of a GPU; so large a scale overflows in captured steps, too."""
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: sgd(*args, **options | {"fused": True}))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**30))
+    words = f"{ALL} --precision fp16"
+    captured, plain = (train(CPU, words, torch.float32, graph=graph) for graph in (True, False))
+    torch.testing.assert_close(captured, plain, **EXACT)
+    assert 3 < sum(captured["skipped"]) < 18 and captured["skipped"][0] == 6
+    replayed = {str(func).rsplit(".", 1)[0] for func, *_ in emulated_graphs[0].operations}
+    assert "aten._amp_update_scale_" in replayed and not replayed & WAITING
+
+
+def mix_at_times(images, labels):
+    """On most batches MixUp, with a weight drawn on the processor; on the others nothing."""
+    weight, y = torch.rand(()).item(), F.one_hot(labels, 10).to(images)
+    if weight < 0.2:
+        return images, labels
+    return torch.lerp(images.flip(0), images, weight), torch.lerp(y.flip(0), y, weight)
+
+
+def test_transform_runs_outside_the_captured_step(emulated_graphs):
+    assert_equal = functools.partial(torch.testing.assert_close, **EXACT)
+    assert_equal(*(train(CPU, ALL, graph=graph, transform=mix_at_times) for graph in (True, False)))
+    assert len(emulated_graphs) == 2
 
 
 def test_capture_that_fails_is_one_line_and_the_run_equals_the_plain_one(emulated_graphs, monkeypatch, capsys):

@@ -15,9 +15,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils import figures
 from utils.logger import Logger
+from utils.metrics import METRICS
 from utils.records import results_table
 
-FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None, "workers": 8}
+FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
 LABELS = torch.arange(6) % 3
 LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 
@@ -77,6 +78,15 @@ def test_event_file_and_console(tmp_path, capsys):
     assert {"final/nll", "ensemble/top1_error", "test/top1_error"} <= columns <= found.keys()
 
 
+def test_console_tables_and_tensorboard_show_the_six_metrics_only(tmp_path, capsys):
+    scalars = log_run(tmp_path).Tags()["scalars"]
+    out = capsys.readouterr().out
+    for name, metric in METRICS.items():
+        assert (f"  {metric.heading} " in out) == metric.shown
+        for group in ("final", "exit 2", "ensemble", "test"):
+            assert (f"{group}/{name}" in scalars) == metric.shown
+
+
 def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not log_run(tmp_path).Tags()["images"]
@@ -110,8 +120,9 @@ def test_bar_on_the_main_process_terminal_only(tmp_path, monkeypatch, directory,
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr("tqdm.std.time", iter(range(0, 1000, 2)).__next__)  # every look at the clock is 2 s later
     log = Logger(directory and tmp_path, 3)
-    meter = SimpleNamespace(own_means=lambda num_images: {"loss": 1.25, "top1_error": float(num_images)})
-    assert len(list(log.bar(FakeLoader(), meter))) == 2
+    meter = SimpleNamespace(num_images=0, local_means=lambda: {"loss": 1.25, "top1_error": float(meter.num_images)})
+    for _, labels, _ in log.bar(FakeLoader(), meter):
+        meter.num_images += len(labels)
     assert ("top-1 err 4.0 %" in stream.getvalue()) == bool(stream.getvalue()) == bool(directory and terminal)
 
 

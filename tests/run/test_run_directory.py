@@ -40,7 +40,7 @@ def interrupt(monkeypatch, epoch: int, number: int | None = signal.SIGTERM) -> N
     before_step(monkeypatch, STEPS * epoch + 1, stop)
 
 
-@pytest.mark.parametrize(("epoch", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGHUP), (1, None)])
+@pytest.mark.parametrize(("epoch", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1), (1, None)])
 def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, finished, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, epoch, number)
     assert train(tmp_path / "run") == (128 + number if number else 1)
@@ -136,7 +136,7 @@ def test_epochs_are_saved_by_what_saving_costs_and_records_never_run_ahead(finis
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(checkpoint, "write_atomic", slow)
     flags = vars(main.parse_args([*SMALL.split(), "--end_epoch", str(len(EPOCHS))]))
-    with run_directory.RunDirectory(tmp_path / "run", flags) as directory:
+    with run_directory.RunDirectory(tmp_path / "run", flags, main.build_parser().differences) as directory:
         directory.open()
         directory.begin({}, {}, None)
         for epoch, (error, seconds, writing, is_saved) in enumerate(EPOCHS):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, files, one_line, read, read_records, train
+from helpers import bits, files, one_line, read, read_records, train, val_only
 
 import main
 from utils import distributed
@@ -146,6 +146,19 @@ def test_a_finished_run_is_known_by_its_checkpoint_and_touches_nothing(copied, c
     forge(copied / LAST)  # the same content
     assert train(copied) == 0 and "is finished" in capsys.readouterr().out
     assert {path: content for path, content in files(copied).items() if path.name != LAST}.items() <= before.items()
+
+
+FORGED = {"args": {"width": "x", "help": True}, "starts": [{"epoch": 0}]}
+
+
+@pytest.mark.parametrize("entry", FORGED)
+def test_forged_content_with_right_checksums_is_one_line_that_names_the_file(entry, copied, tmp_path, capsys):
+    forge(copied / LAST, **{entry: FORGED[entry]})
+    before = files(copied)
+    assert train(copied) == 1 and str(copied / LAST) in one_line(capsys)
+    assert files(copied) == before
+    assert val_only(copied, tmp_path / "out") == (entry == "args")
+    assert capsys.readouterr().err.count("\n") == (entry == "args")
 
 
 def test_momentum_is_required_of_every_trained_weight(copied, capsys):

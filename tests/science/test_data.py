@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 
 import data
 from data import augment, loader, readers, synthetic
+from data.images import ReadOptions
 from utils.errors import UserError
 
 
@@ -132,7 +133,7 @@ def test_held_out_images_depend_on_the_seed(small_set):
 
 def test_synthetic_set_is_fixed_balanced_and_learnable(monkeypatch):
     monkeypatch.setattr(synthetic, "TRAIN_PER_CLASS", 20)
-    train, test, names = synthetic.read(Path(), 1, False)
+    train, test, names = synthetic.read(Path(), ReadOptions(32))
     assert len(set(names)) == 100 and np.bincount(test.labels).tolist() == [20] * 100
     means = [split.images.mean(axis=(0, 1, 2)) / 255 for split in (train, test)]  # recorded from another process
     recorded = [[0.491848325, 0.497606051, 0.498882531], [0.502224489, 0.500864252, 0.500336045]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import build_objective, trained_exits
 from loss.byot import BYOT
@@ -59,6 +60,14 @@ def receives_gradient(part: Tensor, outputs: Outputs) -> set[str]:
         leaves |= {f"{kind}{i}": t for i, t in enumerate(getattr(outputs, kind), start=1)}
     gradients = torch.autograd.grad(part, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {name for name, g in zip(leaves, gradients, strict=True) if g is not None and g.any()}
+
+
+class CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("epsilon", [0, 0.2])
@@ -162,6 +171,37 @@ def test_progressive_targets_by_hand():
     assert y_soft.flatten().tolist() == near([0.3, 0.7, 0.68, 0.32, 0, 1])
 
 
+def test_progressive_targets_mix_with_soft_labels_by_hand():
+    """alpha_t = 0.4 in epoch 1 of 4; image 1 has not been seen yet, so that its y_soft is its soft label."""
+    targets = ProgressiveTargets(num_samples=2, num_classes=2, alpha_T=0.8, num_epochs=4).double()
+    mixed_view = Outputs(tensor([3 / 4, 1 / 4]).log(), feature=None)
+    targets.train()(mixed_view, tensor([0.5, 0.5]), torch.tensor([0]))
+    assert targets.memory[0].tolist() == near([3 / 4, 1 / 4])  # the prediction, whatever the label
+    targets.set_epoch(1)
+    both = Outputs(tensor([1, 0], [0, 1]), feature=None)
+    y_soft = targets.eval()(both, tensor([0.7, 0.3], [0.1, 0.9]), torch.arange(2))
+    assert y_soft.flatten().tolist() == near([0.6 * 0.7 + 0.4 * 3 / 4, 0.6 * 0.3 + 0.4 * 1 / 4, 0.1, 0.9])
+
+
+def test_label_smoothing_smooths_soft_labels_by_hand():
+    outputs = Outputs(tensor([1 / 4, 3 / 4]).log(), feature=None)
+    _, parts = objective_of("--label_smoothing 0.2", num_classes=2)(outputs, tensor([0.7, 0.3]), torch.tensor([0]))
+    y_soft = (0.8 * 0.7 + 0.1, 0.8 * 0.3 + 0.1)
+    assert parts["ce"].item() == near(-y_soft[0] * log(1 / 4) - y_soft[1] * log(3 / 4))
+
+
+@pytest.mark.parametrize("words", ["", "--label_smoothing 0.1", "--PSKD", "--BYOT", "--DML", "--PSKD --BYOT --DML"])
+def test_one_hot_probabilities_give_the_loss_of_their_classes(words):
+    objectives, losses = [objective_of(f"{words} --end_epoch 2") for _ in range(2)], []
+    for objective, labels in zip(objectives, (LABELS, F.one_hot(LABELS, 4).float()), strict=True):
+        for epoch in range(2):
+            objective.set_epoch(epoch)
+            loss, _ = objective(random_outputs(epoch), labels, INDEX)
+            objective.end_epoch()
+        losses.append(loss.item())
+    assert losses[0] == near(losses[1])
+
+
 def test_targets_are_one_hot_to_the_bit_in_the_first_epoch_and_with_alpha_T_0():
     for alpha_T, epochs in ((0.8, [0]), (0.0, range(3))):
         targets = ProgressiveTargets(5, 4, alpha_T, 3).train()
@@ -228,6 +268,18 @@ def test_own_term_with_a_memory_gets_index_and_epochs():
             _, parts = objective(rows(outputs[epoch], half), LABELS[half], half, batch_size=len(half))
         assert parts["consistency"].item() == near(epoch * (difference[:3] ** 2).sum(1).mean().item())
         objective.end_epoch()
+
+
+@pytest.mark.parametrize("words", ["--PSKD --BYOT --DML", "--DML --DML_on_output", "--DML --DML_as_published"])
+def test_losses_of_five_exits_take_as_many_operations_as_those_of_one(words):
+    """Exits are stacked: on a GPU each operation is a launch."""
+    counts = []
+    for exits in (1, 5):
+        objective, outputs = objective_of(words), random_outputs(exits=exits)
+        with CountOperations() as counter:
+            objective(outputs, LABELS, INDEX)
+        counts.append(counter.count)
+    assert counts[0] == counts[1] > 10
 
 
 @pytest.mark.parametrize("words", ["", "--PSKD", "--BYOT", "--DML", "--PSKD --BYOT --DML"])

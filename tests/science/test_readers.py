@@ -1,10 +1,9 @@
-"""Files to arrays: small data sets of every kind, good and bad, and the cache of decoded images."""
+"""Data sets of every kind, good and bad: their splits, classes, order, and what is said of files that are wrong."""
 
 import hashlib
 import os
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,10 @@ from helpers import build, random_images
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+import data
+import main
 from data import readers
+from data.images import CACHE, ReadOptions
 from utils.errors import UserError
 
 CLASS_IDS, IMAGE = [f"n{number:08d}" for number in range(1000, 1200)], Image.effect_noise((20, 24), 99)
@@ -26,6 +28,10 @@ def error_of(name, root, *words):
         build("--data_type", name, "--data_path", root, *words)
     assert str(caught.value).isprintable()
     return str(caught.value)
+
+
+def build_splits(*words):
+    return data.load_splits(main.parse_args([str(word) for word in words]), "cpu")
 
 
 def write_classes(folder, images, labels, names, kind="png"):
@@ -41,6 +47,11 @@ def root(tmp_path, monkeypatch):
     for folder, num in (("train", 9), ("test", 3)):
         write_classes(tmp_path / "set" / folder, random_images(num, 24, 20), np.arange(num) % 3, "abc")
     return tmp_path / "set"
+
+
+def truncate(path):
+    IMAGE.save(path)
+    os.truncate(path, 500)
 
 
 def write_tiny_imagenet(root):
@@ -65,8 +76,7 @@ def test_folder_of_classes(tmp_path, num_classes, height, width, kind, test_name
     for hidden in (".class", f"{names[0]}/.folder"):
         (tmp_path / "train" / hidden).mkdir()
         shutil.copy(files[0], tmp_path / "train" / hidden)
-    (tmp_path / "train" / names[0] / ".DS_Store").touch()
-    train, test, class_names = readers.read_folder(tmp_path, 2, False)
+    train, test, class_names = readers.read_folder(tmp_path, ReadOptions(32))
     assert class_names == sorted(names) and len(test.labels) == len(labels)  # "class 10" before "class 2"
     assert [class_names[label] for label in train.labels] == [file.parent.name for file in files]
     assert (train.images == np.stack([np.asarray(Image.open(file)) for file in files])).all()
@@ -83,9 +93,9 @@ def test_tiny_imagenet_archive_is_unpacked_and_read_in_order(root, monkeypatch):
     archive = shutil.make_archive(new / TINY, "zip", root, TINY)
     monkeypatch.setattr(readers, "TINY_IMAGENET_MD5", hashlib.md5(Path(archive).read_bytes()).hexdigest())
     with pytest.raises(UserError, match="--val_only downloads nothing"):
-        readers.read_tiny_imagenet(new, 2, read_only=True)
+        readers.read_tiny_imagenet(new, ReadOptions(32, read_only=True))
     assert os.listdir(new) == [f"{TINY}.zip"]
-    train, val, names = readers.read_tiny_imagenet(new, 2, False)
+    train, val, names = readers.read_tiny_imagenet(new, ReadOptions(32))
     assert sorted(os.listdir(new)) == [TINY, f"{TINY}.zip"]
     _, loader = build("--data_type", "tinyimagenet", "--data_path", new / TINY)
     assert (loader.mean, loader.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -102,26 +112,44 @@ def test_tiny_imagenet_archive_is_unpacked_and_read_in_order(root, monkeypatch):
 @pytest.mark.parametrize(
     "name, damage, words",
     [
-        ("folder", lambda r: shutil.rmtree(r / "train"), "No such file or directory: '{root}/train'"),
-        ("folder", lambda r: (r / "train/d").mkdir(), "{root}/train/<class>/ must hold the images of each class"),
-        ("folder", lambda r: shutil.rmtree(r / "test/b"), "class b has no folder in one of train/ and test/"),
-        ("folder", lambda r: shutil.rmtree(r / "train/b"), "class b has no folder in one of train/ and test/"),
-        ("folder", lambda r: IMAGE.save(r / "test/c/x.JPEG", "bmp"), "{root}/test/c/x.JPEG is not an intact JPEG"),
-        ("folder", lambda r: Image.new("I;16", (20, 24)).save(r / "test/c/x", "png"), "16-bit grey"),
-        ("folder", lambda r: IMAGE.resize((24, 20)).save(r / "test/c/x", "png"), "test/c/x and {root}/train/a/0000"),
-        ("folder", lambda r: [IMAGE.save(r / "test/c/x", "jpeg"), os.truncate(r / "test/c/x", 500)], "test/c/x is not"),
+        ("folder", lambda r: r.rename(r.with_name("other")), "{root} is not a directory"),
+        ("folder", lambda r: shutil.rmtree(r / "train"), "{root} has a folder test/ but none of the name train/"),
+        ("folder", lambda r: shutil.rmtree(r / "test"), "give --val_split to hold out a part of the training images"),
+        ("folder", lambda r: (r / "train/d").mkdir(), "{root}/train/d holds no image"),
+        (
+            "folder",
+            lambda r: [shutil.rmtree(path) for path in r.glob("test/*")],
+            "{root}/test holds no folder of images",
+        ),
+        ("folder", lambda r: shutil.rmtree(r / "test/b"), "{root}/test lacks classes that {root}/train has: b"),
+        ("folder", lambda r: shutil.rmtree(r / "train/b"), "{root}/train lacks classes that {root}/test has: b"),
+        ("folder", lambda r: IMAGE.save(r / "test/c/x.JPEG", "bmp"), "test/c/x.JPEG is not a JPEG, PNG or WebP image"),
+        ("folder", lambda r: (r / "test/c/photo.heic").touch(), "test/c/photo.heic is not a JPEG, PNG or WebP image"),
+        ("folder", lambda r: os.mkfifo(r / "test/c/x.png"), "test/c/x.png is not a regular file"),
+        ("folder", lambda r: Image.new("I;16", (20, 24)).save(r / "test/c/x.png"), "x.png is a 16-bit grey PNG"),
+        ("folder", lambda r: truncate(r / "test/c/x.jpg"), "x.jpg is not an intact JPEG, PNG or WebP"),
         ("tinyimagenet", lambda r: shutil.rmtree(r / TINY / "train" / CLASS_IDS[9]), "train has 199 classes, not 200"),
         ("tinyimagenet", lambda r: (r / NOTES).unlink(), "{root}/tiny-imagenet-200/val/val_annotations.txt is damaged"),
         ("tinyimagenet", lambda r: (r / NOTES).write_text("0007.png\n"), "val_annotations.txt is damaged"),
         ("tinyimagenet", lambda r: (r / NOTES).write_text("0007.png\tn5"), "val_annotations.txt is damaged"),
-        ("tinyimagenet", lambda r: (r / NOTES).write_text(2 * (r / NOTES).read_text()), "does not list each file"),
-        ("tinyimagenet", lambda r: (r / TINY / "val/images/0007.png").unlink(), "does not list each file"),
+        ("tinyimagenet", lambda r: (r / NOTES).write_text(2 * (r / NOTES).read_text()), "missing (one of 200)"),
+        ("tinyimagenet", lambda r: (r / TINY / "val/images/0007.png").unlink(), "val/images/0007.png is missing, or"),
+        ("tinyimagenet", lambda r: IMAGE.save(r / TINY / "val/images/x.png"), "x.png is not listed in {root}"),
     ],
 )
 def test_bad_files_are_named(root, name, damage, words):
     write_tiny_imagenet(root)
     damage(root)
-    assert words.format(root=root) in error_of(name, root) and not list(root.rglob(readers.CACHE))
+    assert words.format(root=root) in error_of(name, root) and not list(root.rglob(CACHE))
+
+
+def test_damaged_images_are_all_counted_and_ten_are_named(root):
+    for number in range(12):
+        truncate(root / "train/b" / f"x{number:02}.png")
+    truncate(root / "test/a/x.png")
+    named = [f"{root}/train/b/x{number:02}.png is not an intact" for number in range(10)]
+    error = error_of("folder", root)
+    assert all(words in error for words in named) and error.count(".png") == 10 and error.endswith("; and 3 more")
 
 
 @pytest.fixture(params=[CIFAR10, CIFAR100])
@@ -153,7 +181,9 @@ def test_cifar_pickles_and_folders_give_the_same_images(cifar, capfd):
         assert (train.mean, train.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
         parts = [zip(part.images, part.labels, strict=True) for part in (train, val)]
         rows.append([sorted((image.numpy().tobytes(), int(label)) for image, label in part) for part in parts])
-    assert rows[0] == rows[1] and capfd.readouterr() == ("", "")
+    assert rows[0] == rows[1]
+    out, err = capfd.readouterr()
+    assert out.startswith(f"writing {folders / CACHE} (") and out.count("\n") == 1 and not err  # torchvision prints
 
 
 def test_damaged_wrong_or_missing_cifar_is_named_and_leaves_no_empty_folders(cifar):
@@ -169,33 +199,74 @@ def test_damaged_wrong_or_missing_cifar_is_named_and_leaves_no_empty_folders(cif
     assert f"{folders} is not {name.upper()}" in error_of(name, folders)
 
 
-def test_cache_is_used_until_a_file_changes(root, monkeypatch):
-    opened, original = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
-    with ThreadPoolExecutor(2) as pool:  # two runs that start at once
-        before, other = pool.map(lambda _: readers.read_folder(root, 1, False).train.images, range(2))
-    assert (before == other).all() and sorted(os.listdir(root)) == [readers.CACHE, "test", "train"]
-    assert len(opened) >= 12 and not opened.clear()
-    assert (readers.read_folder(root, 1, False).train.images == before).all() and not opened
-    file, facts = root / "train/a/0000.png", (root / "train/a/0000.png").stat()
-    shutil.copyfile(root / "train/b/0001.png", file)  # of the same size, and given the same time
-    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    after = readers.read_folder(root, 1, False).train.images
-    assert file.stat().st_size == facts.st_size and (after[0] == before[3]).all()
+def test_classes_are_read_without_a_test_split_for_val_split(root):
+    shutil.rmtree(root / "test")
+    for folder in (root, root / "train"):  # the second is one folder of classes
+        options = ReadOptions(32, needs_test=False)
+        train, test, class_names = readers.read_folder(folder, options)
+        assert (len(train.images), test, class_names) == (9, None, ["a", "b", "c"])
+        loaders = build_splits("--data_type", "folder", "--data_path", folder, "--val_split", "0.3")
+        assert {name: part.num_samples for name, part in loaders.items()} == {"train": 6, "val": 3}
 
 
-def test_damaged_cache_is_not_used(root, capsys):
-    cache, expected = root / readers.CACHE, readers.read_folder(root, 1, False).train.images
-    good = cache.read_bytes()
-    damaged = [b"", good[:-1], good[: len(good) // 2], bytes(len(good)), b"\x93NUMPY\1\0"]
-    for i in (*range(0, 400, 5), *range(400, len(good) - 400, 997), *range(len(good) - 400, len(good), 5)):
-        damaged.append(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :])
-    for content in damaged:
-        cache.write_bytes(content)
-        assert (readers.read_folder(root, 1, read_only=True).train.images == expected).all()
-        assert cache.read_bytes() == content
-    cache.unlink()
-    cache.mkdir()  # so that it cannot be written
-    assert (readers.read_folder(root, 1, False).train.images == expected).all()
-    assert f"{cache} cannot be written" in capsys.readouterr().err
-    assert sorted(os.listdir(root)) == [readers.CACHE, "test", "train"]
+def test_a_test_split_that_is_there_is_read_with_val_split_too(root):
+    loaders = build_splits("--data_type", "folder", "--data_path", root, "--val_split", "0.3")
+    assert {name: part.num_samples for name, part in loaders.items()} == {"train": 6, "val": 3, "test": 3}
+
+
+def test_a_test_split_is_read_alone(root):
+    _, expected, _ = readers.read_folder(root, ReadOptions(32))
+    shutil.rmtree(root / "train")
+    for _ in range(2):  # from the cache, and from the files
+        train, test, class_names = readers.read_folder(root, ReadOptions(32, train=False))
+        assert train is None and class_names == ["a", "b", "c"] and test.digest() == expected.digest()
+        (root / CACHE).unlink(missing_ok=True)
+
+
+def test_hidden_and_foreign_files_are_skipped_with_one_line_that_counts_them(root, capsys):
+    before = readers.read_folder(root, ReadOptions(32))
+    for name in (
+        "train/a/._0000.png",
+        "train/a/.DS_Store",
+        "train/b/Thumbs.db",
+        "test/c/desktop.ini",
+        "test/c/notes.txt",
+    ):
+        (root / name).write_text("no image")
+    (root / "train/.hidden").mkdir()
+    (root / "train/b/.folder").mkdir()
+    shutil.copy(root / "train/a/0000.png", root / "train/b/.folder")
+    capsys.readouterr()
+    for _ in range(2):
+        after = readers.read_folder(root, ReadOptions(32))
+        assert after.class_names == before.class_names
+        assert [split.digest() for split in after[:2]] == [split.digest() for split in before[:2]]
+    line, *others = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith(f"note: skipped 6 files in {root}, hidden")
+        and line.endswith("train/a/.DS_Store")
+        and not others
+    )
+
+
+def test_pickles_folders_and_cache_give_identical_arrays(cifar, tmp_path):
+    name, pickles, folders = cifar
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    options = ReadOptions(32)
+    from_pickles = readers.read_cifar(kind, pickles.parent, options)
+    order = [np.argsort(split.labels, kind="stable") for split in from_pickles[:2]]  # as folders have them
+    expected = [split.select(rows).digest() for split, rows in zip(from_pickles[:2], order, strict=True)]
+    for _ in range(2):  # decoded, and from the cache
+        found = readers.read_cifar(kind, folders, options)
+        assert [split.digest() for split in found[:2]] == expected and found.class_names == from_pickles.class_names
+        assert all(split.images.flags["C_CONTIGUOUS"] and split.labels.dtype == np.int64 for split in found[:2])
+    assert all(split.images.flags["C_CONTIGUOUS"] for split in from_pickles[:2])
+
+
+def test_another_test_set_of_cifars_classes_is_read(cifar):
+    name, _, folders = cifar
+    shutil.rmtree(folders / "train")
+    (folders / "test/name 00/new.png").write_bytes(next((folders / "test/name 00").glob("*.png")).read_bytes())
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    _, test, class_names = readers.read_cifar(kind, folders, ReadOptions(32, train=False))
+    assert len(test.images) == len(class_names) + 1

@@ -1,5 +1,6 @@
 """scripts/run_table.py and the shell scripts that call it, with a stand-in for main.py."""
 
+import json
 import os
 import re
 import signal
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 import run_table
 
+import main
+
 SCRIPTS = Path(run_table.__file__).parent
 ROW8 = "cifar100_resnet18_PSKD_BYOT_DML_seed4"
 MAIN = """#!{python}
-# Stands in for `python main.py`: fails for DML alone, and with --image_size waits for signals.
+# Stands in for `python main.py`: fails for DML alone, waits for signals with --image_size, and with --compile ends with
+# status 1 when all is done.
 import json, os, pathlib, signal, sys, time
+os.fstat(1)  # fails where standard output is closed
 flags = sys.argv[2:]
 name = flags[flags.index("--run_name") + 1]
 run = pathlib.Path(flags[flags.index("--experiments_dir") + 1], name)
@@ -37,7 +42,14 @@ for epoch in range(20):
 if "_resnet18_DML_" in name:
     sys.exit(7)
 (run / "results.json").write_text(json.dumps({{"status": "finished"}}))
+config = json.loads(os.environ["DEFAULTS"])
+for word, value in zip(flags, [*flags[1:], "--"]):
+    if word.startswith("--"):
+        config[word[2:]] = True if value.startswith("--") else int(value) if value.isdecimal() else value
+(run / "config.json").write_text(json.dumps(config))
+sys.exit("--compile" in flags)  # as where its output is closed at the end
 """
+DEFAULTS = vars(main.parse_args(["--device", "cpu"]))
 
 
 @pytest.fixture
@@ -48,6 +60,7 @@ def runs(tmp_path, monkeypatch):
     stub.chmod(0o755)
     monkeypatch.setenv("PYTHON", str(stub))
     monkeypatch.setenv("EXPERIMENTS", str(tmp_path / "runs"))
+    monkeypatch.setenv("DEFAULTS", json.dumps(DEFAULTS))
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers would outlive the test
     return tmp_path / "runs"
 
@@ -106,6 +119,53 @@ def test_commands_and_run_names(runs, monkeypatch, capfd):
     assert "--lr_decay_schedule 15 23 --end_epoch 30" in command and " ".join(extra) in command
 
 
+def test_one_experiment_has_one_name(runs, capfd):
+    names = {name for text in ("0.1", "0.10", "1e-1") for name in dry_run(capfd, "1", "1", "--", "--alpha", text)}
+    assert names == {"cifar100_resnet18_baseline_seed4"}  # 0.1 is the default
+    names = {name for text in ("0.2", "0.20", "2e-1") for name in dry_run(capfd, "1", "1", "--", "--alpha", text)}
+    assert names == {"cifar100_resnet18_baseline_alpha0.2_seed4"}
+
+
+def test_another_schedule_has_another_name(runs, monkeypatch, capfd):
+    assert list(dry_run(capfd, "1", "1", "--", "--end_epoch", "30")) == [
+        "cifar100_resnet18_baseline_ep30_lr_decay_schedule150-225_seed4"
+    ]
+    monkeypatch.setenv("EPOCHS", "30")
+    assert list(dry_run(capfd, "1", "1")) == ["cifar100_resnet18_baseline_ep30_seed4"]
+
+
+def test_finished_run_on_other_images_or_flags_is_left_to_main(runs, tmp_path, capfd):
+    for words in ([], ["--data_path", str(tmp_path)], ["--data_path", str(tmp_path)]):
+        assert run_table.main(["1", "1", "--", *words]) == 0
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines() if "baseline_" in line] == [
+        "start", "start", "skip",
+    ]  # fmt: skip
+    config = runs / "cifar100_resnet18_baseline_seed4" / "config.json"
+    config.write_text(config.read_text().replace('"lr": 0.1', '"lr": 0.2'))
+    assert run_table.main(["1", "1", "--", "--data_path", str(tmp_path)]) == 0
+    assert "start " in capfd.readouterr().out
+
+
+def test_run_that_is_done_has_not_failed_whatever_its_status(runs, capfd):
+    assert run_table.main(["1", "1", "--", "--compile"]) == 0
+    assert "FAILED" not in capfd.readouterr().out
+    (runs / "cifar100_resnet18_DML_seed4").mkdir()
+    for file in ("config.json", "results.json"):  # of an earlier run, which --overwrite was to replace
+        content = (
+            (runs / "cifar100_resnet18_baseline_seed4" / file).read_text().replace('"seed"', '"DML": true, "seed"')
+        )
+        (runs / "cifar100_resnet18_DML_seed4" / file).write_text(content)
+    assert run_table.main(["1", "3", "--", "--overwrite"]) == 1
+
+
+def test_closed_output_is_no_failure(runs):
+    command = f"exec '{sys.executable}' '{SCRIPTS}/run_table.py' 1 1 4 >&-"
+    for jobs in ("1", "2"):
+        done = subprocess.run(["sh", "-c", command], env={**os.environ, "JOBS": jobs}, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(runs.glob("*/results.json"))) == 2
+
+
 def test_longest_rows_first_with_several_jobs(runs, monkeypatch, capfd):
     monkeypatch.setenv("SEEDS", "1 2")  # in the paper 28.9 seconds per epoch for row 2, 32.4 for row 5
     for jobs, rows in (("1", ["BYOT", "PSKD_BYOT"]), ("2", ["PSKD_BYOT", "BYOT"])):
@@ -141,7 +201,7 @@ def test_each_concurrent_run_has_one_of_several_gpus(gpus, devices, runs, capfd)
     lines = [f"import os, sys; os.chdir({str(runs)!r}); os.mkdir(sys.argv[1])"]
     lines += ["while len(os.listdir()) < 3: pass", "print('device', sys.argv[-1])"]  # all three run at the same time
     command = [sys.executable, "-c", "\n".join(lines)]
-    commands = {name: [*command, name, "--device=-"] for name in "abc"}
+    commands = {name: run_table.Run([*command, name, "--device=-"], {}) for name in "abc"}
     assert run_table.run_all(commands, runs, overwrite=False, jobs=3, gpus=gpus) == 0
     assert sorted(re.findall(r"device --device=(\S+)", capfd.readouterr().out)) == devices
 

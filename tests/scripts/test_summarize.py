@@ -1,57 +1,26 @@
 """scripts/summarize.py on the study's file and on run directories made by hand."""
 
-import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import run_table
-import summarize
+from helpers import NO_METHOD, TEST_BLOCK, cells, images_record, make_finished_run, metrics
+
+from utils import flags
 
 STUDY = Path(run_table.__file__).parent / "results" / "cifar100_width16.jsonl"
 
 
-def metrics(top1):
-    return {"top1_error": top1, "top5_error": 4.0, "nll": 0.7, "ece": 4.0, "aurc": 50.0, "eaurc": 20.0}
+PAGE = STUDY.with_name("README.md").read_text()
+COMMANDS = re.findall(r"summarize.py scripts/results/(\w+\.jsonl)(.*)", PAGE)
 
 
-def make_run(root, name, top1, seed=1, device="H200", results=(), last=(), **flags):
-    """A run directory; row 8 of Table 1 in the paper's setting unless the flags differ."""
-    usual = {"classifier_type": "resnet18", "PSKD": True, "BYOT": True, "DML": True, "end_epoch": 300}
-    config = {**usual, "precision": "fp32", "workers": 4, "run_name": name, **flags, "seed": seed, "torch": "2.8"}
-    config |= {"device_name": device, "git_commit": "0123456", "data": {"class_names": ["a"], "mean": [0.12345678]}}
-    last = {"val": metrics(top1), "exits": [], "ensemble": None, **dict(last)}
-    best = {**last, "val": metrics(top1 - 1)}
-    usual = {"status": "finished", "epochs": 7, "seconds_per_epoch": 10.0, "last": last, "best": best}
-    (root / name).mkdir(parents=True)
-    (root / name / "config.json").write_text(json.dumps(config))
-    (root / name / "results.json").write_text(json.dumps({**usual, **dict(results)}))
-
-
-@pytest.fixture
-def summary(tmp_path, capsys):
-    """summary(*words) -> output of summarize.py on tmp_path."""
-
-    def call(*words, path=tmp_path):
-        summarize.main([str(path), *words])
-        return capsys.readouterr().out
-
-    return call
-
-
-def cells(output, **labels):
-    """Heading -> cell, for each line of the first table that has these labels."""
-    table = output.partition("###")[2].partition("###")[0]
-    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
-    heads, _, *lines = [[cell.strip() for cell in line] for line in lines]
-    rows = [dict(zip(heads, line, strict=True)) for line in lines]
-    return [row for row in rows if labels.items() <= row.items()]
-
-
-@pytest.mark.parametrize("words", [[], ["--pairs", "baseline"], ["--all_classifiers"]])
-def test_study_file_gives_the_published_page(words, summary):
-    out = summary(*words, path=STUDY)
-    assert out.count("| resnet18 |") >= 7 and out in STUDY.with_name("README.md").read_text()
+@pytest.mark.parametrize(("file", "words"), COMMANDS)
+def test_commands_of_the_results_page_give_its_tables(file, words, summary):
+    out = summary(*shlex.split(words), path=STUDY.with_name(file))
+    assert "| resnet18 |" in out and out in PAGE
 
 
 def test_best_epoch_is_of_the_test_split(summary):
@@ -61,10 +30,10 @@ def test_best_epoch_is_of_the_test_split(summary):
 
 def test_mean_deviation_difference_and_mark(tmp_path, summary):
     for seed, top1 in ((1, 20.5), (2, 21.5), (3, 22.5)):  # mean 21.5, deviation 1; published 20.03: within 2
-        make_run(tmp_path, f"a{seed}", top1, seed, results={"hours": 5.5})
+        make_finished_run(tmp_path, f"a{seed}", top1, seed, results={"hours": 5.5})
     for seed, top1 in ((1, 20.2), (2, 20.4)):  # mean 20.3, deviation .14; published 19.94: over 2
-        make_run(tmp_path, f"b{seed}", top1, seed, BYOT=False, DML=False)
-    make_run(tmp_path, "c1", 30.0, PSKD=False, BYOT=False, DML=False)  # one run has no deviation and no mark
+        make_finished_run(tmp_path, f"b{seed}", top1, seed, BYOT=False, DML=False)
+    make_finished_run(tmp_path, "c1", 30.0, **NO_METHOD)  # one run has no deviation and no mark
     out = summary()
     (row8,), (row4,), (row1,) = (cells(out, row=str(row)) for row in (8, 4, 1))
     assert (row8["methods"], row8["n"], row8["seeds"]) == ("PSKD+BYOT+DML", "3", "1 2 3")
@@ -79,13 +48,13 @@ def test_mean_deviation_difference_and_mark(tmp_path, summary):
 def test_classifiers_have_their_right_names(tmp_path, summary):
     last = {"exits": [metrics(40.0), None, metrics(21.0)], "ensemble": metrics(19.0)}
     last["calibrated"] = {"val": {"ece": 2.0}, "exits": [{"ece": 1.25}, None, {"ece": 1.5}]}
-    make_run(tmp_path, "a", 20.0, last=last)
+    make_finished_run(tmp_path, "a", 20.0, last=last)
     (row,) = cells(summary("--table", "2"), row="2")
     assert list(row)[-4:] == ["4/4", "3/4", "1/4", "ensemble"]
     assert (row["4/4"], row["ensemble"]) == ("80.00 (79.76, +0.24)", "81.00 (79.68, +1.32)")
     assert (row["3/4"], row["1/4"]) == ("79.00 (78.92, +0.08)", "60.00 (67.90, -7.90)")  # exchanged in the paper
     rows = [(row["classifier"], row["ECE after T (%)"]) for row in cells(summary("--all_classifiers"))]
-    assert rows == [("1/4", "1.25"), ("3/4", "1.50"), ("4/4", "2.00"), ("ensemble", "—")]
+    assert rows == [("exit 1", "1.25"), ("exit 3", "1.50"), ("final", "2.00"), ("ensemble", "—")]
 
 
 COMPARABLE = {"precision": "bf16", "DML_as_published": True}
@@ -94,19 +63,19 @@ OTHER = {"width": 8, "alpha": 0.2, "lr_decay_schedule": [15, 23], "future_flag":
 
 @pytest.mark.parametrize(("flag", "value"), [*COMPARABLE.items(), *OTHER.items()])
 def test_runs_with_different_flags_are_never_averaged(flag, value, tmp_path, summary):
-    make_run(tmp_path, "a1", 20.0, seed=1)
-    make_run(tmp_path, "b1", 30.0, seed=2, **{flag: value})
+    make_finished_run(tmp_path, "a1", 20.0, seed=1)
+    make_finished_run(tmp_path, "b1", 30.0, seed=2, **{flag: value})
     published = " (20.03, +9.97)" if flag in COMPARABLE else ""
     top1 = {row["methods"]: row["top-1 err (%)"] for row in cells(summary(), row="8")}
     assert top1 == {"PSKD+BYOT+DML": "20.00 (20.03, -0.03)", f"PSKD+BYOT+DML, {flag} {value}": f"30.00{published}"}
 
 
 def test_runs_of_other_machines_and_versions_are_one_group(tmp_path, summary):
-    make_run(tmp_path, "a1", 20.0, seed=1, workers=1, compile=True, processes=1)
-    make_run(tmp_path, "a2", 21.0, seed=2, workers=9, processes=2, label_smoothing=0.0, val_split=None, device="L4")
+    make_finished_run(tmp_path, "a1", 20.0, seed=1, workers=1, compile=True, processes=1)
+    make_finished_run(tmp_path, "a2", 21.0, seed=2, workers=9, label_smoothing=0.0, val_split=None, device="L4")
     file = tmp_path / "a1" / "results.json"
     file.write_text(file.read_text().replace('"eaurc"', '"renamed"'))
-    make_run(tmp_path, "b1", 20.0, PSKD=False)
+    make_finished_run(tmp_path, "b1", 20.0, PSKD=False)
     out = summary()
     (row,) = cells(out, row="8")
     assert (row["seeds"], row["top-1 err (%)"]) == ("1 2", "20.50 ± 0.71 (20.03, +0.47)")
@@ -116,19 +85,95 @@ def test_runs_of_other_machines_and_versions_are_one_group(tmp_path, summary):
 
 
 def test_runs_outside_the_papers_tables_have_their_own(tmp_path, summary):
-    make_run(tmp_path, "a", 20.0, classifier_type="resnet34")
+    make_finished_run(tmp_path, "a", 20.0, classifier_type="resnet34")
     out = summary()
-    assert out.startswith("### Other runs\n") and cells(out)[0]["network"] == "resnet34"
+    assert out.startswith("### Other runs: cifar100\n") and cells(out)[0]["network"] == "resnet34"
+
+
+OTHER_DATA = [
+    ({"data_type": "folder"}, "folder"),
+    ({"data_type": "tinyimagenet"}, "tinyimagenet"),
+    ({"classes": 20}, "cifar100, classes 20"),
+    ({"limit_train": 4000}, "cifar100, limit_train 4000"),
+]
+
+
+def test_other_data_never_stand_in_the_papers_tables(tmp_path, summary):
+    make_finished_run(tmp_path, "paper", 20.0)
+    for i, (config, _) in enumerate(OTHER_DATA):
+        make_finished_run(tmp_path, str(i), 30.0 + i, **config)
+    out = summary()
+    assert len(cells(out)) == 1  # Table 1 has the one run
+    tables = dict(re.findall(r"### (.*)\n\n(?:.*\n){2}((?:\|.*\n)+)", out))
+    for i, (_, name) in enumerate(OTHER_DATA):
+        table = tables[f"Other runs: {name}"]
+        assert table.count("| resnet18 |") == 1 and f"| {30 + i}.00 |" in table
+
+
+def test_another_test_split_is_another_data_set(tmp_path, summary):
+    make_finished_run(tmp_path, "a1", 20.0, 1)
+    make_finished_run(tmp_path, "a2", 30.0, 2, data=images_record(val="9c"))
+    make_finished_run(tmp_path, "a3", 40.0, 3, data={"mean": [0.5], "std": [0.25]})  # of an older run
+    out = summary("--table", "1")
+    for facts in ("test images 100, test digest 2b2b2b2b2b2b", "test images 100, test digest 9c9c", "test images not"):
+        assert f"### Table 1: networks and losses, cifar100 ({facts}" in out
+    assert out.count("| 8 | resnet18 |") == 3 and "±" not in out
+
+
+def test_other_training_images_are_another_setting(tmp_path, summary):
+    make_finished_run(tmp_path, "a1", 20.0, 1)
+    make_finished_run(tmp_path, "a2", 30.0, 1, data=images_record(train="9c"))  # no duplicate
+    make_finished_run(tmp_path, "b", 25.0, 1, PSKD=False)
+    out = summary()
+    labels = [row["methods"] for row in cells(out, n="1")]
+    assert labels == ["BYOT+DML", *(f"PSKD+BYOT+DML, train digest {digest * 6}" for digest in ("1a", "9c"))]
+    assert "left out" not in out
+
+
+def test_seeds_that_hold_out_other_images_are_one_setting(tmp_path, summary):
+    for seed in (1, 2):
+        data = images_record(f"{seed}a", f"{seed}b", "3c") | {"mean": [seed / 10]}
+        make_finished_run(tmp_path, f"a{seed}", 90.0, seed, val_split=0.1, results={"test": TEST_BLOCK}, data=data)
+    (row,) = cells(summary(), row="8")
+    assert (row["seeds"], row["top-1 err (%)"]) == ("1 2", "20.00 ± 0.00")
+    make_finished_run(
+        tmp_path, "b1", 90.0, 1, val_split=0.1, results={"test": TEST_BLOCK}, data=images_record("1a", "9b", "3c")
+    )
+    assert re.search(r"b1 \(the same flags and seed as \S+/a1, which is used, but with other val images\)", summary())
+
+
+def test_processes_and_allowed_changes_are_departures(tmp_path, summary):
+    change = {"epoch": 3, "name": "end_epoch", "before": 150, "after": 300}
+    make_finished_run(tmp_path, "a1", 20.0, 1)
+    make_finished_run(tmp_path, "a2", 30.0, 2, processes=2)
+    make_finished_run(tmp_path, "a3", 40.0, 3, changes=[change])
+    start = {"device_name": "H200", "torch": "2.8", "git_commit": "0", "new_fact": 5}
+    make_finished_run(
+        tmp_path, "a4", 50.0, 4, starts=[{**start, "processes": 1}, {**start, "processes": 4}], new_fact=5
+    )
+    out = summary()
+    changed = "changed end_epoch 150 -> 300 after epoch 3"
+    top1 = {row["methods"].partition(", ")[2]: row["top-1 err (%)"] for row in cells(out, row="8")}
+    assert top1 == {"": "20.00 (20.03, -0.03)", "processes 2": "30.00", changed: "40.00", "processes 1 and 4": "50.00"}
+
+
+def test_times_are_those_of_one_machine(tmp_path, summary):
+    start = {"torch": "2.8", "git_commit": "0"}
+    starts = [{"device_name": "L4", **start}, {"device_name": "H200", **start}]
+    make_finished_run(tmp_path, "a1", 20.0, 1, starts=starts, results={"hours": 5.0})
+    make_finished_run(tmp_path, "b1", 20.0, 1, starts=starts[1:], PSKD=False, results={"hours": 5.0})
+    by_row = {row["row"]: (row["s/epoch"], row["hours"]) for row in cells(summary())}
+    assert by_row == {"8": ("—", "—"), "7": ("10.0 (31.73)", "5.00")}
 
 
 def test_unusable_runs_are_named_and_not_averaged(tmp_path, summary):
-    make_run(tmp_path, "a1", 20.0, seed=1)
-    make_run(tmp_path, "again", 90.0, seed=1)
-    make_run(tmp_path, "cut", 90.0, seed=2, results={"status": "interrupted"})
+    make_finished_run(tmp_path, "a1", 20.0, seed=1)
+    make_finished_run(tmp_path, "again", 90.0, seed=1)
+    make_finished_run(tmp_path, "cut", 90.0, seed=2, results={"status": "interrupted"})
     for name, content in (("list", "[]"), ("empty", ""), ("bare", '{"status": "finished"}')):
-        make_run(tmp_path, name, 90.0, seed=4)
+        make_finished_run(tmp_path, name, 90.0, seed=4)
         (tmp_path / name / "results.json").write_text(content)
-    make_run(tmp_path, "young", 90.0, seed=5)
+    make_finished_run(tmp_path, "young", 90.0, seed=5)
     (tmp_path / "young" / "results.json").unlink()
     out = summary()
     (row,) = cells(out, row="8")
@@ -138,27 +183,37 @@ def test_unusable_runs_are_named_and_not_averaged(tmp_path, summary):
     assert {"again (the same fla", "bare (no entry 'la", "cut (interrupted,"} <= set(reasons)
 
 
-def test_differences_are_paired_by_seed(tmp_path, summary):
-    for seed, base, byot in ((1, 30.0, 29.0), (2, 32.0, 30.0)):
-        make_run(tmp_path, f"base{seed}", base, seed, PSKD=False, BYOT=False, DML=False)
-        make_run(tmp_path, f"byot{seed}", byot, seed, PSKD=False, DML=False)
-    make_run(tmp_path, "byot3", 0.0, 3, PSKD=False, DML=False)  # no baseline has seed 3
-    (row,) = cells(summary("--pairs", "baseline"))
-    assert (row["methods"], row["n"], row["seeds"], row["top-1 err (%)"]) == ("BYOT", "2", "1 2", "-1.50 ± 0.71")
-    with pytest.raises(SystemExit):
-        summary("--pairs", "base")
+DAMAGE = {
+    "text": ("results.json", '"nll": 0.5', '"nll": "low"'),
+    "nan": ("results.json", '"nll": 0.5', '"nll": NaN'),
+    "null": ("results.json", '"nll": 0.5', '"nll": null'),
+    "time": ("results.json", '"seconds_per_epoch": 10.0', '"seconds_per_epoch": null'),
+    "val": ("results.json", '"val": {', '"val": [], "was": {'),
+    "seed": ("config.json", '"seed": 1', '"seed": [7]'),
+    "starts": ("config.json", '"seed"', '"starts": null, "seed"'),
+    "device": ("config.json", '"device_name"', '"no_name"'),
+    "changes": ("config.json", '"seed"', '"changes": [5], "seed"'),
+    "splits": ("config.json", '"splits": {', '"splits": [], "was": {'),
+}
 
 
-def test_export_can_be_read_and_has_no_paths(tmp_path, summary):
-    for seed in (1, 2):
-        make_run(tmp_path, f"a{seed}", 20.0 + seed, seed, data_path="/home/me")
-    file = tmp_path / "study.jsonl"
-    before = summary("--export", str(file))
-    assert summary(path=file) == before
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [record["name"] for record in records] == ["a1", "a2"]
-    config = records[0]["config"]
-    assert config["data"] == {"mean": [0.123457]} and "data_path" not in config and config["device_name"] == "H200"
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_run_is_named_and_left_out(name, tmp_path, summary):
+    make_finished_run(tmp_path, "good", 20.0, 2)
+    make_finished_run(tmp_path, "bad", 90.0, 1)
+    file, old, new = DAMAGE[name]
+    content = (tmp_path / "bad" / file).read_text()
+    assert old in content
+    (tmp_path / "bad" / file).write_text(content.replace(old, new))
+    out = summary()
+    assert cells(out, row="8")[0]["seeds"] == "2"
+    assert re.search(r"- left out: \S+/bad \(.+\)\n", out)
+
+
+def test_no_device_is_touched(tmp_path, summary, monkeypatch):
+    monkeypatch.setattr(flags, "_check_machine", None)  # asks the GPU for memory
+    make_finished_run(tmp_path, "a", 20.0)
+    assert cells(summary(), row="8")
 
 
 def test_published_rows_are_the_papers():

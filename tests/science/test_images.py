@@ -1,0 +1,252 @@
+"""Image files to pixels: which files are images, EXIF, sizes, formats; and the cache of what was decoded."""
+
+import os
+import shutil
+import struct
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import random_images
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+import data
+import main
+from data import images, readers
+from data.images import CACHE, ReadOptions, list_images, load_images, read_image
+from utils.errors import UserError
+
+ORIENTATIONS = [  # of EXIF, and what a camera that was held so stores
+    (1, lambda pixels: pixels),
+    (2, np.fliplr),
+    (3, lambda pixels: np.rot90(pixels, 2)),
+    (4, np.flipud),
+    (5, lambda pixels: pixels.swapaxes(0, 1)),
+    (6, lambda pixels: np.rot90(pixels, 1)),  # to be turned clockwise
+    (7, lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1)),
+    (8, lambda pixels: np.rot90(pixels, -1)),
+]
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def write(folder, pixels, **options):
+    """PNG files of the images, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number:03}.png", **options)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """3 + 1 images of 20 x 24 pixels in each of 3 classes, a, b and c."""
+    for number, image in enumerate(random_images(12, 24, 20)):
+        folder = tmp_path / "set" / ("train" if number < 9 else "test") / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number % 9:04}.png", compress_level=0)
+    return tmp_path / "set"
+
+
+SMALL = ReadOptions(32)
+
+
+def load(folder, options=SMALL):
+    return load_images(folder, {"train": list_images(folder)[0]}, options)["train"]
+
+
+@pytest.mark.parametrize(("orientation", "stored"), ORIENTATIONS)
+@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("webp", {"lossless": True})])
+def test_images_are_turned_upright(orientation, stored, suffix, options, tmp_path):
+    [pixels] = random_images(1, 12, 20)
+    file = tmp_path / f"x.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored(pixels))).save(file, exif=exif(orientation), **options)
+    assert np.array_equal(read_image(file), pixels)
+
+
+def test_orientation_of_a_jpeg_and_behind_the_pixels_of_a_png(tmp_path):
+    [pixels] = random_images(1, 12, 20)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif(6))
+    assert np.array_equal(read_image(tmp_path / "x.jpg"), np.rot90(np.asarray(Image.open(tmp_path / "x.jpg")), -1))
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif(6))
+    content = (tmp_path / "x.png").read_bytes()
+    start, pixel_data, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+    late = content[:start] + content[pixel_data:end] + content[start:pixel_data] + content[end:]
+    (tmp_path / "x.png").write_bytes(late)
+    assert np.array_equal(read_image(tmp_path / "x.png"), np.rot90(pixels, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("record", [b"Exif\0\0damaged", b"", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+def test_damaged_exif_record_is_no_damaged_image(record, tmp_path):
+    [pixels] = random_images(1, 12, 20)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=record)
+    assert np.array_equal(read_image(tmp_path / "x.png"), pixels)
+    write(tmp_path, random_images(2, 12, 20))
+    assert load(tmp_path).shape == (3, 12, 20, 3)
+
+
+def test_images_of_several_sizes_have_torchvisions_resized_and_cropped_pixels(tmp_path):
+    sizes = [(64, 128), (97, 61), (32, 32), (16, 16), (24, 55)]
+    pixels = [random_images(1, height, width)[0] for height, width in sizes]
+    write(tmp_path, pixels)
+    found = load(tmp_path)
+    assert found.shape == (5, 32, 32, 3)
+    for image, got in zip(pixels, found, strict=True):
+        resized = reference.resize(Image.fromarray(image), 32)
+        expected = np.asarray(reference.center_crop(resized, 32))
+        assert np.array_equal(got, expected)
+
+
+def test_images_of_one_size_are_kept_at_it(tmp_path):
+    pixels = random_images(3, 24, 20)
+    write(tmp_path, pixels)
+    assert np.array_equal(load(tmp_path), pixels)
+
+
+def test_sizes_are_compared_upright(tmp_path):
+    pixels = random_images(3, 24, 20)
+    write(tmp_path, pixels)
+    Image.fromarray(np.rot90(pixels[0])).save(tmp_path / "000.png", exif=exif(6))
+    assert np.array_equal(load(tmp_path), pixels)
+
+
+def test_large_photographs_are_kept_at_the_image_size(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (3000, 3000), (90 * number, 0, 0)).save(tmp_path / f"{number}.jpg")
+    found = load(tmp_path)
+    assert found.shape == (3, 32, 32, 3) and (tmp_path / CACHE).stat().st_size < 20_000
+    assert found[:, 9, 9, 0].tolist() == pytest.approx([0, 90, 180], abs=2)
+
+
+def test_images_are_brought_to_a_given_size(tmp_path):
+    """That of the images which a network was trained on."""
+    pixels = random_images(3, 24, 20)
+    write(tmp_path, pixels)
+    assert load(tmp_path, ReadOptions(32, size=(12, 12))).shape == (3, 12, 12, 3)
+    expected = reference.center_crop(reference.resize(Image.fromarray(pixels[0]), 12), 12)
+    assert np.array_equal(read_image(tmp_path / "000.png", (12, 12)), expected)
+    assert read_image(tmp_path / "000.png", (10, 40)).shape == (10, 40, 3)
+
+
+def test_webp_and_16_bit_colour_are_read(tmp_path):
+    pixels = random_images(2, 24, 20)
+    Image.fromarray(pixels[0]).save(tmp_path / "a.WEBP", lossless=True)
+    write_16_bit_png(tmp_path / "b.png", pixels[1].astype(np.uint16) * 256 + 77)
+    assert np.array_equal(load(tmp_path), pixels)
+
+
+def write_16_bit_png(path, levels):
+    """(H, W, 3) uint16, which Pillow cannot write."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data_ in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data_)) + kind + data_ + struct.pack(">I", zlib.crc32(kind + data_))
+    path.write_bytes(content)
+
+
+def test_cache_is_used_until_a_file_changes(root, monkeypatch):
+    opened, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
+    with ThreadPoolExecutor(2) as pool:  # two runs that start at once
+        before, other = pool.map(lambda _: readers.read_folder(root, ReadOptions(32)).train.images, range(2))
+    assert (before == other).all() and sorted(os.listdir(root)) == [CACHE, "test", "train"]
+    assert len(opened) >= 24 and not opened.clear()  # for the size, and for the pixels
+    assert (readers.read_folder(root, ReadOptions(32)).train.images == before).all() and not opened
+    file, facts = root / "train/a/0000.png", (root / "train/a/0000.png").stat()
+    shutil.copyfile(root / "train/b/0001.png", file)  # of the same size, and given the same time
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    after = readers.read_folder(root, ReadOptions(32)).train.images
+    assert file.stat().st_size == facts.st_size and (after[0] == before[3]).all()
+
+
+def test_damaged_cache_is_not_used(root, capsys):
+    cache, expected = root / CACHE, readers.read_folder(root, ReadOptions(32)).train.images
+    good = cache.read_bytes()
+    damaged = [b"", good[:-1], good[: len(good) // 2], bytes(len(good)), b"\x93NUMPY\1\0"]
+    for i in (*range(0, 400, 5), *range(400, len(good) - 400, 997), *range(len(good) - 400, len(good), 5)):
+        damaged.append(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :])
+    for content in damaged:
+        cache.write_bytes(content)
+        assert (readers.read_folder(root, ReadOptions(32, read_only=True)).train.images == expected).all()
+        assert cache.read_bytes() == content
+
+
+def test_cache_that_cannot_be_written_is_one_note(root, capsys):
+    (root / CACHE).mkdir()
+    for _ in range(2):
+        assert len(readers.read_folder(root, ReadOptions(32)).train.images) == 9
+    assert capsys.readouterr().err.count(f"note: {root / CACHE} cannot be written") == 1
+    assert sorted(os.listdir(root)) == [CACHE, "test", "train"]
+
+
+def test_cache_is_announced_once_with_path_and_size(root, capsys):
+    for _ in range(2):
+        readers.read_folder(root, ReadOptions(32))
+    line, *others = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"writing {root / CACHE} (0.0 MB)") and not others
+
+
+def test_cache_of_one_split_is_used_without_the_other(root, monkeypatch):
+    expected = readers.read_folder(root, ReadOptions(32)).test.digest()
+    monkeypatch.setattr(images, "_decode", None)
+    (root / "train/a/0000.png").unlink()
+    assert readers.read_folder(root, ReadOptions(32, train=False)).test.digest() == expected
+
+
+def test_cache_depends_on_the_image_size_only_where_images_are_resized(tmp_path, capsys):
+    write(tmp_path, random_images(2, 24, 20))
+    load(tmp_path)
+    assert "writing" in capsys.readouterr().out
+    load(tmp_path, ReadOptions(64))
+    assert "writing" not in capsys.readouterr().out
+    write(tmp_path / "more", random_images(1, 30, 30))
+    for size in (32, 64, 32):
+        assert load(tmp_path, ReadOptions(size)).shape == (3, size, size, 3)
+        assert "writing" in capsys.readouterr().out
+    load(tmp_path)
+    assert "writing" not in capsys.readouterr().out
+
+
+def test_cache_written_for_another_size_is_not_used_for_the_images_own(tmp_path):
+    pixels = random_images(2, 24, 20)
+    write(tmp_path, pixels)
+    assert load(tmp_path, ReadOptions(32, size=(32, 32))).shape == (2, 32, 32, 3)
+    assert np.array_equal(load(tmp_path, ReadOptions(32)), pixels)
+
+
+def test_decoding_and_writing_the_cache_hold_the_pixels_once(tmp_path):
+    pixels = np.zeros((80, 512, 512, 3), dtype=np.uint8)
+    for part in ("train/a", "test/a"):
+        write(tmp_path / part, pixels[:40])
+    args = main.parse_args(["--data_type", "folder", "--data_path", str(tmp_path), "--workers", "1"])
+    tracemalloc.start()
+    loaders = data.load_splits(args, "cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (
+        loaders["train"].images.shape == (40, 32, 32, 3) and peak < pixels.nbytes + 20e6
+    )  # NumPy writes 16 MB at a time
+
+
+def test_too_little_memory_names_the_images_and_what_helps(root, monkeypatch):
+    monkeypatch.setattr(images.np, "empty", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(UserError) as caught:
+        readers.read_folder(root, ReadOptions(32))
+    assert str(caught.value).startswith("12 images of 24 x 20 pixels (1.73e-05 GB) do not fit into memory: use fewer")
+
+
+def test_too_little_memory_for_a_loader_names_the_flags_for_images(root, monkeypatch):
+    monkeypatch.setattr(data, "Loader", mock.Mock(side_effect=RuntimeError("CUDA out of memory. Tried to allocate")))
+    with pytest.raises(UserError, match="--classes, --limit_train, --limit_val") as caught:
+        data.load_splits(main.parse_args(["--data_type", "folder", "--data_path", str(root)]), "cpu")
+    assert "--batch_size" not in str(caught.value)
