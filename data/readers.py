@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from data.images import ReadOptions, list_images, load_images, note_skipped
 from utils.errors import UserError, first_line
@@ -65,38 +63,43 @@ class Images(NamedTuple):
     class_names: list[str]
 
 
-def read_cifar(kind: type[CIFAR10], root: Path, options: ReadOptions) -> Images:
+def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test images (M, 32, 32, 3), from torchvision's files or, where
     those are missing, from folders of classes, whose sorted names are its label order; else downloaded.
+
+    name: "CIFAR10" or "CIFAR100", as torchvision calls them.
 
     Raises:
         UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
     """
+    from torchvision import datasets  # here: importing torchvision takes as long as PyTorch, and --help needs neither
+
+    kind = getattr(datasets, name)
     folder, archive = root / kind.base_folder, root / kind.filename
     if not folder.is_dir() and ((root / "train").is_dir() or (root / "test").is_dir()):
         images = read_folder(root, options)
-        _check_is_cifar(kind, root, images)
+        _check_is_cifar(name, root, images)
         return images
     checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
     checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
     splits = {}
     with _fetching(archive, checksums, options.read_only):
-        for name in ("train", "test") if options.train else ("test",):
-            part = kind(root, train=name == "train", download=not options.read_only)
-            splits[name] = Split(np.ascontiguousarray(part.data), np.array(part.targets))
+        for split in ("train", "test") if options.train else ("test",):
+            part = kind(root, train=split == "train", download=not options.read_only)
+            splits[split] = Split(np.ascontiguousarray(part.data), np.array(part.targets))
     return Images(splits.get("train"), splits["test"], part.classes)
 
 
-def _check_is_cifar(kind: type[CIFAR10], root: Path, images: Images) -> None:
+def _check_is_cifar(name: str, root: Path, images: Images) -> None:
     """Raises UserError where a folder of classes is not this data set; a test split alone may be another one of its
     classes."""
-    found, expected = [len(images.class_names)], [100 if kind is CIFAR100 else 10]
+    found, expected = [len(images.class_names)], [{"CIFAR10": 10, "CIFAR100": 100}[name]]
     if images.train is not None:
         num_test = 0 if images.test is None else len(images.test.labels)
         found += [len(images.train.labels), num_test, *images.train.images.shape[1:3]]
         expected += [*CIFAR_SIZES, 32, 32]
     if found != expected:
-        text = f"{root} is not {kind.__name__}: its classes, training images, test images, height and width are"
+        text = f"{root} is not {name}: its classes, training images, test images, height and width are"
         raise UserError(f"{text} {found}, not {expected}; use --data_type folder")
 
 
@@ -167,6 +170,8 @@ def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
         with _fetching(archive, {archive: TINY_IMAGENET_MD5}, options.read_only):
             if options.read_only:
                 raise FileNotFoundError
+            from torchvision.datasets.utils import download_url, extract_archive
+
             download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
@@ -251,6 +256,8 @@ def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Ite
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except Exception as e:
+        from torchvision.datasets.utils import check_integrity
+
         damaged = [str(path) for path, md5 in checksums.items() if path.exists() and not check_integrity(path, md5)]
         problem = f"{folder} lacks files of the data set"
         if damaged:

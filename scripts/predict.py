@@ -22,8 +22,8 @@ from data.loader import Loader
 from data.readers import Split
 from models import load_run
 from models.exits import confidence
-from utils.errors import UserError, printable
-from utils.flags import number_type
+from utils.errors import UserError, print_error, printable, run_command
+from utils.flags import number_type, path_type
 
 BATCH_SIZE = 128
 HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
@@ -31,19 +31,19 @@ HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of t
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
+    parser.add_argument("images", type=path_type, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
     parser.add_argument("--threshold", type=number_type(float, 0, 10), default=1.01, metavar="T", help=text)
     parser.add_argument("--epoch", choices=("last", "best"), default="last", help="(default: %(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there instead of printing it")
+    parser.add_argument("--csv", type=path_type, metavar="FILE", help="write the table there instead of printing it")
     args = parser.parse_args(argv)
     try:
         if args.csv:
             args.csv.touch()  # before the work, not after it
         model, info = load_run(args.run, args.epoch)
     except (UserError, OSError) as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
+        print_error(str(e))
         return 1
     if info["temperatures"] is None:
         text = "confidences are not calibrated: the run had no --val_split to fit temperatures on, or no test split"
@@ -113,8 +113,8 @@ def classify(model, info: dict, paths: list[str], threshold: float, shares: list
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal lacks a letter
     try:
-        sys.exit(main())
+        run_command(main)
     except OSError as e:
-        sys.exit(f"error: {e}")
+        print_error(str(e))
+        sys.exit(1)
