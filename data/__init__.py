@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import readers, synthetic
 from data.images import LARGEST, ReadOptions
@@ -35,8 +34,8 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
-    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR100)),
-    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR10)),
+    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR100")),
+    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR10")),
     "tinyimagenet": Dataset(200, IMAGENET_MEAN, IMAGENET_STD, "resized_crop", readers.read_tiny_imagenet),
     "folder": Dataset(None, None, None, "crop", readers.read_folder),
     "synthetic": Dataset(100, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "crop", synthetic.read),

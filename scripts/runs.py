@@ -73,11 +73,6 @@ class Run(NamedTuple):
         return self.flags["classifier_type"]
 
 
-def path_argument(text: str) -> Path:
-    """An argparse type: a path, with `~` expanded also after `--flag=`, where no shell does it."""
-    return Path(text).expanduser()
-
-
 def paper_flags() -> dict:
     """The paper's setting: main.py's defaults. They are not checked, so that no device is asked for memory."""
     return vars(default_args()) | {"precision": "fp32"}

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import main
-from utils import errors, machine
+from utils import flags, machine
 from utils.errors import Interrupted, UserError, print_error, signals_raise
 from utils.files import write_atomic
 
@@ -53,6 +53,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     args = main.parse_args(["--device=cpu", "--experiments_dir=~/exp", "--data_path=~/data", "--resume=~/run"])
     assert args.experiments_dir == f"{tmp_path}/exp" and args.data_path == f"{tmp_path}/data"
     assert args.resume == f"{tmp_path}/run"
+    assert flags.path_type("~/exp") == tmp_path / "exp" and flags.path_type("a~") == Path("a~")
 
 
 def script(code: str, *, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -71,6 +72,11 @@ def test_closed_streams_change_no_status(status, redirect, out, err):
     talk = "print('out'), sys.stdout.flush(), sys.stderr.isatty(), print_error('a message')"
     found = script(f"def main():\n    {talk}\n    return {status}", redirect=redirect)
     assert (found.returncode, found.stdout, found.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_gets_the_number_of_a_closed_stream(redirect):
+    assert script("def main(): return open('README.md').fileno() <= 2", redirect=redirect).returncode == 0
 
 
 def test_a_full_disk_behind_standard_output_is_no_success():
@@ -168,4 +174,9 @@ def test_the_commit_of_this_code_is_recorded_though_git_is_told_of_another(copie
 
 def test_errors_need_no_torch():
     code = "import sys\nimport utils.errors\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(errors.__file__).parent.parent, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_command_line_needs_no_torchvision():
+    code = "import sys\nimport main\nmain.default_args()\nassert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
