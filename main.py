@@ -25,6 +25,7 @@ from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
+from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
 from utils.errors import Interrupted, UserError, describe_error, first_line, printable, signals_raise
@@ -143,7 +144,8 @@ def train(args, device: torch.device) -> None:
             load_states(checkpoint, run.source, **states)
 
         # the training step, perhaps in several processes, perhaps captured
-        network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
+        network = CompiledNetwork(model) if args.compile else model
+        network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
         step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
         if args.cuda_graph:
             step = GraphedStep(step)
@@ -264,8 +266,7 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
-            model.temperatures = record["temperatures"]
-            costs, backbone = model.multiply_adds(args.image_size)
+            costs, backbone = model.multiply_adds(args.image_size, record["temperatures"])
             record["early_exit"] = early_exit_curve(heldout, tested, record["temperatures"], costs, backbone)
         test[name] = record
     return test
