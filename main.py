@@ -27,6 +27,7 @@ from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
+from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
 from utils.errors import (
@@ -153,7 +154,8 @@ def train(args, device: torch.device) -> None:
             load_states(checkpoint, run.source, **states)
 
         # the training step, perhaps in several processes, perhaps captured
-        network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
+        network = CompiledNetwork(model) if args.compile else model
+        network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
         transform = build_transform(args, train_loader.num_classes)
         step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
         states["scaler"] = step.scaler  # of fp16
@@ -262,8 +264,7 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
-            model.temperatures = record["temperatures"]
-            costs, backbone = model.multiply_adds(args.image_size)
+            costs, backbone = model.multiply_adds(args.image_size, record["temperatures"])
             record["early_exit"] = early_exit_curve(heldout, tested, record["temperatures"], costs, backbone)
         test[name] = record
     return test

@@ -13,11 +13,6 @@ def init_weights(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
-def pool(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
-    """Global average of a map (N, C, H, W) -> (N, C), in `dtype`, whatever the map's precision under autocast."""
-    return feature_map.to(dtype).mean(dim=(2, 3))
-
-
 class _SlicedConv1x1(nn.Conv2d):
     """A strided 1 x 1 convolution as one of stride 1 on the pixels that it reads: the same numbers.
 

@@ -4,6 +4,7 @@ Every function also works, at no cost, in a single process.
 """
 
 import contextlib
+import inspect
 import os
 import socket
 import sys
@@ -192,7 +193,10 @@ def wrap(model: nn.Module, device: torch.device, sync_bn: bool, all_used: bool) 
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ids = [device.index] if device.type == "cuda" else None
     # BatchNorm statistics are broadcast once per epoch, by broadcast_buffers.
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=not all_used, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
+    options = {"device_ids": ids, "find_unused_parameters": not all_used, broadcast: False}
+    return DistributedDataParallel(model, **options)
 
 
 @torch.no_grad()
