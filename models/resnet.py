@@ -29,8 +29,9 @@ class _SlicedConv1x1(nn.Conv2d):
 class ResNet(nn.Module):
     """ResNet / ResNeXt for small images (He et al. 2016; Xie et al. 2017): a 3 x 3 stem of stride 1, no pooling.
 
-    Stage s has `width * 2**(s - 1) * expansion` channels and, from the second on, halves the map. The names of
-    the parameters are torchvision's, so that its `load_state_dict` takes them.
+    Stage s has `width * 2**(s - 1) * expansion` channels and, from the second on, halves the map. The parameters
+    have torchvision's names; those of `conv1` and `fc` have other shapes than its ImageNet networks' (README, "Build on
+    it", loads the rest).
 
     Args:
         block: torchvision's BasicBlock or Bottleneck.
