@@ -253,7 +253,9 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         return test
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
-        checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
+        checkpoint = distributed.broadcast_from_rank_0(
+            lambda file=file: load_checkpoint(file) if file.exists() else None
+        )
         if checkpoint is None:
             continue
         load_states(checkpoint, file, model=model)
@@ -277,8 +279,10 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
         UserError: a run could not be evaluated (after all others were).
     """
     path = Path(args.resume)
-    is_one = distributed.from_main(lambda: path.is_file() or (path / LAST).exists())
-    runs = [path] if is_one else distributed.from_main(lambda: sorted(file.parent for file in path.rglob(LAST)))
+    is_one = distributed.broadcast_from_rank_0(lambda: path.is_file() or (path / LAST).exists())
+    runs = [path]
+    if not is_one:
+        runs = distributed.broadcast_from_rank_0(lambda: sorted(file.parent for file in path.rglob(LAST)))
     found, failed = {}, []
     for run in runs:
         try:
@@ -311,7 +315,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing or of other
             classes.
     """
-    checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
+    checkpoint, path, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(path))
     if note and distributed.is_main():
         print(note)
 

@@ -121,7 +121,7 @@ def load_splits(
     """
     dataset = DATASETS[args.data_type]
     read = partial(dataset.read, Path(args.data_path), _read_options(args, record))
-    splits, class_names = _divide(args, distributed.local_main_first(read))
+    splits, class_names = _divide(args, distributed.local_rank_0_first(read))
     if record is not None and (changes := _class_differences(record["class_names"], class_names)):
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
     if record is not None:

@@ -145,7 +145,7 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def from_main(make: Callable):
+def broadcast_from_rank_0(make: Callable):
     """Call `make()` in rank 0 and broadcast what it returns (anything that pickles) or the UserError that it raises."""
     value = error = None
     if is_main():
@@ -171,7 +171,7 @@ def find_differing(values: dict) -> str | None:
     return next((name for name in values if any(other.get(name) != gathered[0][name] for other in gathered)), None)
 
 
-def local_main_first(make: Callable):
+def local_rank_0_first(make: Callable):
     """`make()` on every process, on each machine first in one of them: what that one writes, the others find."""
     if world_size() > 1 and not is_local_main():
         dist.barrier()
