@@ -243,7 +243,7 @@ def test_hidden_and_foreign_files_are_skipped_with_one_line_that_counts_them(roo
         assert [split.digest() for split in after[:2]] == [split.digest() for split in before[:2]]
     line, *others = capsys.readouterr().err.splitlines()
     assert (
-        line.startswith(f"note: skipped 6 files in {root}, hidden")
+        line.startswith(f"note: skipped 7 files in {root}, hidden")
         and line.endswith("train/a/.DS_Store")
         and not others
     )
