@@ -73,9 +73,9 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
 def note_skipped(folder: str | Path, others: list[str]) -> None:
     """One line on standard error that counts the files which `list_images` left out."""
     if others:
-        files = "1 file" if len(others) == 1 else f"{len(others)} files"
+        files = "file" if len(others) == 1 else "files"
         first = os.path.relpath(others[0], folder)
-        _print_note(f"skipped {files} in {folder}, hidden or without the suffix of an image: {first}")
+        _print_note(f"skipped {len(others)} hidden or foreign {files} in {folder}, the first of them {first}")
 
 
 @cache  # a process may read a data set more than once

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.images import ReadOptions, list_images, load_images, note_skipped
+from data.images import CACHE, ReadOptions, list_images, load_images, note_skipped
 from utils.errors import UserError, first_line, first_names
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -246,15 +246,16 @@ def _read_words(path: Path, class_ids: list[str]) -> list[str]:
 
 
 def _list_classes(folder: Path) -> tuple[list[str], Samples, list[str]]:
-    """The classes, subfolders of `folder`, and the images in them, both sorted by name; and the files left out."""
+    """The classes, subfolders of `folder`, and the images in them, both sorted by name; and all files left out."""
     try:
-        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        entries = list(os.scandir(folder))
     except OSError as e:
         raise UserError(f"{folder} cannot be read ({e.strerror})") from None
-    classes = sorted(name for name in folders if not name.startswith("."))
+    others = sorted(entry.path for entry in entries if entry.is_file() and entry.name != CACHE)
+    classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} holds no folder of images: it must be {folder}/<class>/<image>")
-    samples, others = Samples([], []), []
+    samples = Samples([], [])
     for label, name in enumerate(classes):
         images, skipped = list_images(folder / name)
         if not images:

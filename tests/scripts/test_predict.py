@@ -124,7 +124,7 @@ def test_hidden_and_foreign_files_are_counted_and_skipped(trained, tmp_path, cap
         (tmp_path / name).touch()
     assert predict.main([str(trained / "run"), str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1 and f"note: skipped 3 files in {tmp_path}, hidden" in err
+    assert len(out.splitlines()) == 1 and f"note: skipped 3 hidden or foreign files in {tmp_path}, the first" in err
 
 
 def test_folder_without_images_is_an_error(trained, tmp_path, capsys):
