@@ -47,15 +47,18 @@ def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) 
 
     predictions: a run's confidence (M,) and error (M,), as `utils.metrics.confidence_and_error` returns them.
     """
-    sums = torch.stack([torch.stack(reliability(*run)) for run in predictions], dim=1).numpy()  # (3, runs, bins)
-    samples, confidence, correct = sums[:, :, (sums[0] > 0).all(axis=0)]
-    x, accuracy = 100 * (confidence / samples).mean(axis=0), 100 * correct / samples
+    sums = np.stack([torch.stack(reliability(*run)).numpy() for run in predictions])  # (runs, 3, bins)
+    is_in_all = (sums[:, 0] > 0).all(axis=0)
+    count, confidence, correct = sums[:, :, is_in_all].swapaxes(0, 1)  # (runs, bins) each
+    mean_confidence = 100 * (confidence / count).mean(axis=0)
+    accuracy = 100 * correct / count
+    share = count.sum(axis=0) / sums[:, 0].sum()
+
     axis.axline((0, 0), (100, 100), color="black", linewidth=0.8)
-    mean_band(axis, x, accuracy, markevery=[], **line)
-    area = 150 * samples.sum(axis=0) / sums[0].sum()
-    axis.scatter(x, accuracy.mean(axis=0), area, color=line["color"], marker=line.get("marker"))
-    axis.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy (%)")
-    axis.set(xlabel="confidence (%)\narea of a marker: share of images\nstraight line: perfect calibration")
+    mean_band(axis, mean_confidence, accuracy, markevery=[], **line)
+    axis.scatter(mean_confidence, accuracy.mean(axis=0), 150 * share, color=line["color"], marker=line.get("marker"))
+    text = "confidence (%)\narea of a marker: share of images\nstraight line: perfect calibration"
+    axis.set(xlim=(0, 100), ylim=(0, 100), xlabel=text, ylabel="accuracy (%)")
 
 
 def risk_coverage(axis, predictions: list[tuple[Tensor, Tensor]], **line) -> None:
