@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from intervals import pair_runs, paired_intervals
 from run_table import ROOT
-from runs import Run, find_runs, group_runs, path_argument
+from runs import DAMAGED, Run, find_runs, group_runs, path_argument
 
 from utils import figures
 from utils.errors import UserError, print_error, printable, run_command
@@ -42,7 +42,6 @@ MARKERS = "sD^vPX<>"
 CLASSIFIERS = {"exit 1": "o", "exit 2": "o", "exit 3": "o", "final": "D", "ensemble": "*"}
 FINAL = 3  # its place there
 MARKER_SIZES = {"o": 4, "D": 4, "*": 8}
-DAMAGED = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile)
 
 
 def reliability(axis, runs: list[Run], **line) -> None:
@@ -178,7 +177,7 @@ def draw(Figure, draw_group, groups: list[list[Run]], styles: dict[str, dict]):
             try:
                 draw_group(axis, runs, label=wrapped(label), **styles[label])
                 is_empty = False
-            except DAMAGED as error:
+            except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:
                 names = ", ".join(run.name for run in runs)
                 print(printable(f"left out of {draw_group.__name__}: {names} ({error})"))
     if is_empty:

@@ -107,7 +107,7 @@ def classifier_lines(groups: list[list[Run]]) -> list[Line]:
     lines = []
     for group in groups:
         for name in group[0].classifiers:
-            runs = [run._replace(values=run.classifiers[name]) for run in group]
+            runs = [run._replace(values=run.classifiers.get(name, {})) for run in group]
             lines.append(Line(runs, name, {}))
     return lines
 
