@@ -336,7 +336,9 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
     # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
-    if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
+    if own.val_split is not None and (
+        "val" not in loaders or loaders["val"].record["splits"]["val"] != recorded["val"]
+    ):
         split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")

@@ -131,7 +131,8 @@ def load_splits(
     else:
         mean, std = channel_statistics(splits["train"].images)
 
-    height, width = splits["val"].images.shape[1:3]
+    any_split = next(iter(splits.values()))
+    height, width = any_split.images.shape[1:3]
     splits = {name: part for name, part in splits.items() if name in names}
     facts = {}
     for name, part in splits.items():
@@ -179,7 +180,7 @@ def _divide(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str
         splits = {name: part.select(part.labels < num) for name, part in splits.items()}
     if args.val_split is None:
         splits["val"] = splits.pop("test")
-    else:
+    elif "train" in splits:
         train = splits["train"]
         held_out = hold_out(train.labels, args.val_split, args.seed)
         splits |= {"train": train.select(~held_out), "val": train.select(held_out)}

@@ -150,9 +150,10 @@ def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
         raise UserError(f"{root} has no folder test/ or val/: add one{remedy}")
     train = root / "train" if options.train else None
     if train is not None and not train.is_dir():
-        if test is not None:
+        if test is not None and not options.read_only:
             raise UserError(f"{root} has a folder {test.name}/ but none of the name train/")
-        train = root  # one folder of classes
+        # one folder of classes; or a test set by itself, for --val_only
+        train = root if test is None else None
     folders = {"train": train, "test": test}
     return {name: folder for name, folder in folders.items() if folder is not None}
 

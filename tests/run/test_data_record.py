@@ -129,6 +129,13 @@ def test_val_only_with_unknown_held_out_images_evaluates_the_test_split(held_out
     assert read(OUT, "val.json")["val"] == pytest.approx(expected)
 
 
+def test_val_only_evaluates_a_test_set_by_itself(held_out_run):
+    shutil.rmtree(PHOTOS / "train")
+    assert val_only(RUN, OUT) == 0
+    expected = read(RUN)["test"]["last"]["val"]
+    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
+
+
 def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
     record = read(RUN, "config.json")["data"]
     assert record["class_names"] == ["a", "b"]
