@@ -150,3 +150,41 @@ def test_code_that_draws_random_numbers_resumes_to_the_bit(photos, tmp_path, mon
     assert train(tmp_path / "stopped", photos, *words) == 0
     losses = [[epoch["train"]["loss"] for epoch in read_records(tmp_path / name)] for name in ("straight", "stopped")]
     assert losses[0] == losses[1] and len(set(losses[0])) == 3
+
+
+def test_val_only_reads_a_test_split_without_train(photos, tmp_path, capsys):
+    assert train(tmp_path / "run", photos, "--end_epoch", "1") == 0
+    shutil.rmtree(photos / "train")
+    assert val_only(tmp_path / "run", tmp_path / "out") == 0 and "8 test images" in capsys.readouterr().out
+    assert read(tmp_path / "out", "val.json")["val"] == read(tmp_path / "run")["last"]["val"]
+
+
+def test_val_only_brings_other_images_to_the_recorded_stored_size(photos, tmp_path):
+    """The run's images are 20 x 20, squeezed from 30 x 20 those of the other set would be wrong: they are cut."""
+    assert train(tmp_path / "run", photos, "--end_epoch", "1") == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["data"]["stored_size"] == [20, 20]
+    for file in (photos / "test").glob("*/*.png"):
+        with Image.open(file) as image:
+            wide = Image.new("RGB", (30, 20), "red")
+            wide.paste(image, (5, 0))
+            wide.save(file)
+    assert val_only(tmp_path / "run", tmp_path / "out") == 0
+    found = read(tmp_path / "out", "val.json")
+    assert found["images"] == found["images_of_the_run"] and found["val"] == read(tmp_path / "run")["last"]["val"]
+
+
+def test_run_without_a_test_split_says_so(photos, tmp_path, capsys):
+    shutil.rmtree(photos / "test")
+    assert train(tmp_path / "run", photos, "--end_epoch", "1") == 1 and "--val_split" in one_line(capsys)
+    for name, folder in (("run", photos), ("flat", photos / "train")):
+        assert train(tmp_path / name, folder, "--end_epoch", "1", "--val_split", "0.25") == 0
+        assert read(tmp_path / name)["test"] == {} and "no test split" in capsys.readouterr().out
+        assert val_only(tmp_path / name, tmp_path / "out") == 0
+        assert read(tmp_path / "out", "val.json")["val"] == read(tmp_path / name)["last"]["val"]
+
+
+def test_resume_with_a_lost_test_split_is_refused(photos, tmp_path, capsys):
+    words = ("--val_split", "0.25", "--end_epoch", "1")
+    assert train(tmp_path / "run", photos, *words) == 0
+    shutil.rmtree(photos / "test")
+    assert train(tmp_path / "run", photos, *words) == 1 and "0 test images in place of 8" in one_line(capsys)
