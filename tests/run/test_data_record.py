@@ -136,6 +136,46 @@ def test_val_only_evaluates_a_test_set_by_itself(held_out_run):
     assert read(OUT, "val.json")["val"] == pytest.approx(expected)
 
 
+def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
+    shutil.rmtree(PHOTOS / "train")
+    assert val_only(RUN, OUT) == 0
+    assert "8 test images" in capsys.readouterr().out
+    assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
+
+
+def test_val_only_brings_other_images_to_the_recorded_stored_size(plain_run):
+    """The run's images are 20 x 20, squeezed from 30 x 20 those of the other set would be wrong: they are cut."""
+    for file in (PHOTOS / "test").glob("*/*.png"):
+        with Image.open(file) as image:
+            wide = Image.new("RGB", (30, 20), "red")
+            wide.paste(image, (5, 0))
+        wide.save(file)
+    assert val_only(RUN, OUT) == 0
+    found = read(OUT, "val.json")
+    assert found["images"] == found["images_of_the_run"]
+    assert found["val"] == read(RUN)["last"]["val"]
+
+
+def test_folder_without_a_test_split_needs_val_split(plain_run, refused):
+    shutil.rmtree(PHOTOS / "test")
+    assert "--val_split" in refused(train, FLAGS, PHOTOS, Path("new"))
+
+
+@pytest.mark.parametrize("folder", [".", "train"])
+def test_run_without_a_test_split_says_so(folder, plain_run, capsys):
+    shutil.rmtree(PHOTOS / "test")
+    assert train(HELD_OUT, PHOTOS / folder, Path("new")) == 0
+    assert "no test split" in capsys.readouterr().out
+    assert read(Path("new"))["test"] == {}
+    assert val_only(Path("new"), OUT) == 0
+    assert read(OUT, "val.json")["val"] == read(Path("new"))["last"]["val"]
+
+
+def test_resume_with_a_lost_test_split_is_refused(held_out_run, refused):
+    shutil.rmtree(PHOTOS / "test")
+    assert "0 test images in place of 8" in refused(train, HELD_OUT)
+
+
 def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
     record = read(RUN, "config.json")["data"]
     assert record["class_names"] == ["a", "b"]
