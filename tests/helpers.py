@@ -86,7 +86,7 @@ def train(directory: Path, *words: str) -> int:
 def content(directory: Path) -> dict[str, object]:
     """Everything in a run directory that must not depend on what happened to the run."""
     names = [str(file.relative_to(directory)).split("tfevents")[0] for file in files(directory)]  # one event file
-    found = {file.name: torch.load(file, weights_only=True) for file in directory.glob("*.pth")}
+    found = {file.name: torch.load(file, map_location="cpu", weights_only=True) for file in directory.glob("*.pth")}
     found |= {"files": sorted(names), "results": read(directory), "records": read_records(directory)}
     return bits(found | {"predictions": dict(np.load(directory / "predictions.npz"))})
 

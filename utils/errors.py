@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import traceback
 from pathlib import Path
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # PyTorch on a CPU, on a GPU, CUDA libraries
@@ -61,10 +62,12 @@ def describe_error(error: Exception, args) -> str | None:
         chain.append(e)
         e = e.__cause__ or e.__context__
     if any(isinstance(e, MemoryError) or any(text in str(e) for text in OUT_OF_MEMORY) for e in chain):
-        return (
-            f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size, --image_size or"
-            " --width, or use --precision bf16"
-        )
+        half = ", or use --precision bf16" if args.precision in ("fp32", "tf32") else ""
+        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if not functions.isdisjoint(("predict", "evaluate")):  # whose batch has a size of its own
+            return f"out of memory in evaluation on {args.device}: free memory that other programs use{half}"
+        what = f"out of memory in training with --batch_size {args.batch_size} on {args.device}"
+        return f"{what}: lower --batch_size, --image_size or --width{half}"
     if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in chain):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None

@@ -57,7 +57,7 @@ def test_out_of_memory_and_numbers_that_are_not_finite_are_one_line(tmp_path, mo
     error = RuntimeError("CUDA error: operation failed during capture")
     error.__context__ = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     before_step(monkeypatch, STEPS, mock.Mock(side_effect=error))
-    assert train(tmp_path / "run") == 1 and "out of memory with --batch_size 16" in one_line(capsys)
+    assert train(tmp_path / "run") == 1 and "out of memory in training with --batch_size 16" in one_line(capsys)
     before_step(monkeypatch, 0, lambda step: step.model.exits[1].fc.weight.data.fill_(float("inf")))
     assert train(tmp_path / "run") == 1 and len(read_records(tmp_path / "run")) == 1
     assert "epoch 2: ce, byot_ce, byot_kl" in one_line(capsys)
