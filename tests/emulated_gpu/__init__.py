@@ -46,8 +46,13 @@ def build(directory: Path) -> Path:
     if not shutil.which("g++"):
         raise Unavailable("needs g++")
     packages = Path(torch.__file__).parent.parent
-    # CUDA's headers, of packages that PyTorch requires; Triton's have the folder `crt`.
-    headers = ("nvidia/cu13/include", "nvidia/cudnn/include", "triton/backends/nvidia/include")
+    # CUDA's headers, of packages that PyTorch requires (Triton's have the folder `crt`), or of a toolkit
+    headers = (
+        "nvidia/cu13/include",
+        "nvidia/cudnn/include",
+        "triton/backends/nvidia/include",
+        "/usr/local/cuda/include",
+    )
     includes = [f"-I{packages / folder}" for folder in headers]
     objects = [directory / "runtime.o", directory / "answers.o"]
     for file in objects:

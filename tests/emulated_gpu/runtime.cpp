@@ -182,6 +182,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     default: return "an error of the emulated GPU";
   }
 }
+const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 
 // --- memory
 
