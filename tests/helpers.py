@@ -59,7 +59,7 @@ def read_records(directory: Path) -> list[dict]:
 
 
 def read_checkpoint(directory: Path, name: str = LAST) -> dict:
-    return torch.load(directory / name, weights_only=True)
+    return torch.load(directory / name, map_location="cpu", weights_only=True)
 
 
 def one_line(capsys) -> str:
@@ -75,7 +75,7 @@ def files(directory: Path) -> dict[Path, bytes]:
 
 def before_step(monkeypatch, number: int, action) -> None:
     """Call `action(step)` before the training step of this number, counted from 0."""
-    original = TrainStep.__call__
+    original = TrainStep.update
     numbers = itertools.count()
 
     def step(self, *batch):
@@ -83,7 +83,7 @@ def before_step(monkeypatch, number: int, action) -> None:
             action(self)
         original(self, *batch)
 
-    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(TrainStep, "update", step)
 
 
 FLAGS = (*ALL, "--end_epoch", "3", "--val_split", "0.25", "--save_predictions")

@@ -4,6 +4,7 @@ Every function also works, at no cost, in a single process.
 """
 
 import contextlib
+import datetime
 import inspect
 import os
 import socket
@@ -18,6 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, first_line
+
+# Of a collective. The others wait in one while a process downloads or decodes a data set; a process that has died is
+# noticed at once by gloo, or ended by torchrun.
+TIMEOUT = datetime.timedelta(hours=2)
 
 
 def check_environment() -> None:
@@ -98,8 +103,8 @@ def process_group(name: str):
         if num_local() == num_all:
             # On one machine, torchrun gives restarted processes the store that still holds the dead ones' addresses.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=num_all)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=number, world_size=num_all, device_id=gpu)
         dist.barrier()
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(f"the process group could not be initialised ({first_line(e)})") from None

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,13 +70,20 @@ def describe_error(error: Exception, args) -> str | None:
         path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
     if is_out_of_memory(error):
-        return (
-            f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size, --image_size or"
-            " --width, or use --precision bf16"
-        )
+        return _describe_memory(error, args)
     if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error)):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None
+
+
+def _describe_memory(error: Exception, args) -> str:
+    """The line for too little memory: in which phase, and what helps there."""
+    half = ", or use --precision bf16" if args.precision in ("fp32", "tf32") else ""
+    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if not functions.isdisjoint(("predict", "evaluate")):  # whose batch has a size of its own
+        return f"out of memory in evaluation on {args.device}: free memory that other programs use{half}"
+    what = f"out of memory in training with --batch_size {args.batch_size} on {args.device}"
+    return f"{what}: lower --batch_size, --image_size or --width{half}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -263,12 +263,13 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
             fail(f"argument --device: {distributed.num_local()} processes but only {torch.cuda.device_count()} GPUs")
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            tf32 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        bf16 = has_bf16_instructions()
+        bf16, tf32 = has_bf16_instructions(), False
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
-    if args.precision == "tf32" and not on_gpu:
-        fail("argument --precision: tf32 needs an NVIDIA GPU; a CPU has fp32 and bf16")
+    if args.precision == "tf32" and not tf32:
+        fail("argument --precision: tf32 needs an NVIDIA GPU of compute capability 8.0 or higher; use fp32")
     if args.precision == "bf16" and on_gpu and not bf16:
         fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
     if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):

@@ -47,7 +47,7 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("--val_split 1", "--val_split '1' 0.001 0.9"),
     ("--lr_decay_schedule 225 150", "--lr_decay_schedule 225, 150 ascend"),
     ("--data_type cifar20", "--data_type 'cifar20' cifar100 cifar10 tinyimagenet folder synthetic"),
-    ("--precision tf32 --device cpu", "--precision tf32 GPU fp32 bf16"),
+    ("--precision tf32 --device cpu", "--precision tf32 GPU 8.0 fp32"),
     ("--device cuda:99", "--device 'cuda:99' cpu"),
     ("--cuda_graph --device cpu", "--cuda_graph GPU"),
     ("--allow_change lr", "--allow_change 'lr' end_epoch precision processes"),
