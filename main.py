@@ -27,6 +27,7 @@ from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
+from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
 from utils.errors import (
@@ -153,7 +154,8 @@ def train(args, device: torch.device) -> None:
             load_states(checkpoint, run.source, **states)
 
         # the training step, perhaps in several processes, perhaps captured
-        network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
+        network = CompiledNetwork(model) if args.compile else model
+        network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
         transform = build_transform(args, train_loader.num_classes)
         step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
         states["scaler"] = step.scaler  # of fp16
@@ -251,7 +253,9 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         return test
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
-        checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
+        checkpoint = distributed.broadcast_from_rank_0(
+            lambda file=file: load_checkpoint(file) if file.exists() else None
+        )
         if checkpoint is None:
             continue
         load_states(checkpoint, file, model=model)
@@ -262,8 +266,7 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
-            model.temperatures = record["temperatures"]
-            costs, backbone = model.multiply_adds(args.image_size)
+            costs, backbone = model.multiply_adds(args.image_size, record["temperatures"])
             record["early_exit"] = early_exit_curve(heldout, tested, record["temperatures"], costs, backbone)
         test[name] = record
     return test
@@ -276,8 +279,10 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
         UserError: a run could not be evaluated (after all others were).
     """
     path = Path(args.resume)
-    is_one = distributed.from_main(lambda: path.is_file() or (path / LAST).exists())
-    runs = [path] if is_one else distributed.from_main(lambda: sorted(file.parent for file in path.rglob(LAST)))
+    is_one = distributed.broadcast_from_rank_0(lambda: path.is_file() or (path / LAST).exists())
+    runs = [path]
+    if not is_one:
+        runs = distributed.broadcast_from_rank_0(lambda: sorted(file.parent for file in path.rglob(LAST)))
     found, failed = {}, []
     for run in runs:
         try:
@@ -310,7 +315,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing or of other
             classes.
     """
-    checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
+    checkpoint, path, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(path))
     if note and distributed.is_main():
         print(note)
 
@@ -331,7 +336,9 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
     # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
-    if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
+    if own.val_split is not None and (
+        "val" not in loaders or loaders["val"].record["splits"]["val"] != recorded["val"]
+    ):
         split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")

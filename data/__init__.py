@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import readers, synthetic
 from data.images import LARGEST, ReadOptions
@@ -35,8 +34,8 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
-    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR100)),
-    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR10)),
+    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR100")),
+    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR10")),
     "tinyimagenet": Dataset(200, IMAGENET_MEAN, IMAGENET_STD, "resized_crop", readers.read_tiny_imagenet),
     "folder": Dataset(None, None, None, "crop", readers.read_folder),
     "synthetic": Dataset(100, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "crop", synthetic.read),
@@ -122,7 +121,7 @@ def load_splits(
     """
     dataset = DATASETS[args.data_type]
     read = partial(dataset.read, Path(args.data_path), _read_options(args, record))
-    splits, class_names = _divide(args, distributed.local_main_first(read))
+    splits, class_names = _divide(args, distributed.local_rank_0_first(read))
     if record is not None and (changes := _class_differences(record["class_names"], class_names)):
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
     if record is not None:
@@ -132,7 +131,8 @@ def load_splits(
     else:
         mean, std = channel_statistics(splits["train"].images)
 
-    height, width = splits["val"].images.shape[1:3]
+    any_split = next(iter(splits.values()))
+    height, width = any_split.images.shape[1:3]
     splits = {name: part for name, part in splits.items() if name in names}
     facts = {}
     for name, part in splits.items():
@@ -180,7 +180,7 @@ def _divide(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str
         splits = {name: part.select(part.labels < num) for name, part in splits.items()}
     if args.val_split is None:
         splits["val"] = splits.pop("test")
-    else:
+    elif "train" in splits:
         train = splits["train"]
         held_out = hold_out(train.labels, args.val_split, args.seed)
         splits |= {"train": train.select(~held_out), "val": train.select(held_out)}

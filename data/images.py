@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from utils import distributed
@@ -113,6 +112,8 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
 def _fit(image: Image.Image, size: Size) -> Image.Image:
     """Resized, antialiased bilinear, until it just covers `size`, and cut to it centrally. Of a square that is
     torchvision's Resize (the shorter side) and CenterCrop."""
+    from torchvision.transforms.functional import center_crop, resize  # here, as in read_cifar
+
     height, width = size
     covering_height = max(height, width * image.height // image.width)
     covering_width = max(width, height * image.width // image.height)

@@ -14,8 +14,8 @@ from utils.errors import UserError
 # Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
 # for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
 CHUNK_PIXELS = 16 * 128 * 32 * 32
-# Pixels in an evaluation batch: 512 or 2,048 images of 32 x 32. The size decides speed and memory only.
-EVALUATION_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 2048 * 32 * 32}
+# Pixels in an evaluation batch: 512 images of 32 x 32, which need less memory than a training step of 128 images does.
+EVALUATION_PIXELS = 512 * 32 * 32
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -72,7 +72,7 @@ class Loader:
         self.scale = 1 / (255 * std)
         self.shift = -mean / std
         if augmentation is None:
-            self.batch_size = max(1, EVALUATION_PIXELS[device.type] // image_size**2)
+            self.batch_size = max(1, EVALUATION_PIXELS // image_size**2)
         else:
             self.batch_size = batch_size
             last = self.num_samples % batch_size or batch_size

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from data.images import CACHE, ReadOptions, list_images, load_images, note_skipped
 from utils.errors import UserError, first_line, first_names
@@ -72,18 +70,23 @@ class Images(NamedTuple):
     class_names: list[str]
 
 
-def read_cifar(kind: type[CIFAR10], root: Path, options: ReadOptions) -> Images:
+def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test images (M, 32, 32, 3), from torchvision's files or, where
     those are missing, from folders of classes, whose sorted names are its label order; else downloaded.
+
+    name: "CIFAR10" or "CIFAR100", as torchvision calls them.
 
     Raises:
         UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
     """
+    from torchvision import datasets  # here: importing torchvision takes as long as PyTorch, and --help needs neither
+
+    kind = getattr(datasets, name)
     folder, archive = root / kind.base_folder, root / kind.filename
     has_folders = (root / "train").is_dir() or (root / "test").is_dir()
     if has_folders and not folder.is_dir():
         images = read_folder(root, options)
-        _check_is_cifar(kind, root, images)
+        _check_is_cifar(name, root, images)
         return images
     checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
     checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
@@ -98,10 +101,10 @@ def read_cifar(kind: type[CIFAR10], root: Path, options: ReadOptions) -> Images:
     return Images(splits.get("train"), splits["test"], part.classes)
 
 
-def _check_is_cifar(kind: type[CIFAR10], root: Path, images: Images) -> None:
+def _check_is_cifar(name: str, root: Path, images: Images) -> None:
     """Raises UserError where a folder of classes is not this data set; a test split alone may be another one of its
     classes."""
-    num_classes = 100 if kind is CIFAR100 else 10
+    num_classes = {"CIFAR10": 10, "CIFAR100": 100}[name]
     facts = [("classes", len(images.class_names), num_classes)]
     if images.train is not None:
         num_train, num_test = CIFAR_SIZES
@@ -113,7 +116,6 @@ def _check_is_cifar(kind: type[CIFAR10], root: Path, images: Images) -> None:
         facts.append(("columns of pixels per image", width, 32))
     for what, found, expected in facts:
         if found != expected:
-            name = kind.__name__
             raise UserError(f"{root} is not {name}, for it has {found} {what}, not {expected}; use --data_type folder")
 
 
@@ -148,9 +150,10 @@ def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
         raise UserError(f"{root} has no folder test/ or val/: add one{remedy}")
     train = root / "train" if options.train else None
     if train is not None and not train.is_dir():
-        if test is not None:
+        if test is not None and not options.read_only:
             raise UserError(f"{root} has a folder {test.name}/ but none of the name train/")
-        train = root  # one folder of classes
+        # one folder of classes; or a test set by itself, for --val_only
+        train = root if test is None else None
     folders = {"train": train, "test": test}
     return {name: folder for name, folder in folders.items() if folder is not None}
 
@@ -186,6 +189,8 @@ def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
         with _fetching(archive, {archive: TINY_IMAGENET_MD5}, options.read_only):
             if options.read_only:
                 raise FileNotFoundError
+            from torchvision.datasets.utils import download_url, extract_archive
+
             download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
@@ -285,6 +290,8 @@ def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Ite
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except Exception as e:
+        from torchvision.datasets.utils import check_integrity
+
         found = {path: md5 for path, md5 in checksums.items() if path.exists()}
         damaged = [str(path) for path, md5 in found.items() if not check_integrity(path, md5)]
         problem = f"{folder} lacks files of the data set"

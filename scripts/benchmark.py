@@ -28,6 +28,7 @@ from data import build_loaders
 from loss import METHODS, build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
+from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
 from utils.distributed import local_device
 from utils.engine import TrainStep, build_optimizer, train_one_epoch
@@ -128,7 +129,8 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
         if args.PSKD:
             objective.targets = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
     step_type = ReferenceStep if is_reference else TrainStep
-    step = step_type(model, objective, optimizer, device, args.precision, args.compile)
+    network = CompiledNetwork(model) if args.compile else model
+    step = step_type(network, objective, optimizer, device, args.precision, args.compile)
     if args.cuda_graph:
         step = GraphedStep(step)
     epochs = []

@@ -25,12 +25,14 @@ def student_quantile(probability: float, degrees_of_freedom: float) -> float:
     points, weights = np.polynomial.legendre.leggauss(100)
     log_factor = math.lgamma((degrees_of_freedom + 1) / 2) - math.lgamma(degrees_of_freedom / 2)
     factor = 2 * math.exp(log_factor) / math.sqrt(math.pi)
-    low, high = 0.0, math.pi / 2
+    low = 0.0
+    high = math.pi / 2
     for _ in range(50):
         theta = (low + high) / 2
         angles = theta / 2 * (points + 1)
         density = factor * np.cos(angles) ** (degrees_of_freedom - 1)
-        if theta / 2 * (weights * density).sum() < probability:
+        integral = theta / 2 * np.sum(weights * density)
+        if integral < probability:
             low = theta
         else:
             high = theta
@@ -47,15 +49,19 @@ def paired_intervals(differences: list[list[float]]) -> Intervals:
     Args:
         differences: of each setting, one number per seed.
     """
-    repeated = [values for values in differences if len(values) > 1]
-    if not repeated:
+    squares, num_free, num_settings = 0.0, 0, 0
+    for values in differences:
+        if len(values) > 1:
+            squares += (len(values) - 1) * statistics.variance(values)
+            num_free += len(values) - 1
+            num_settings += 1
+    if num_settings == 0:
         return Intervals([None] * len(differences), 0, 0.0)
-    independent = sum(len(values) - 1 for values in repeated)
-    variance = sum((len(values) - 1) * statistics.variance(values) for values in repeated) / independent
-    degrees_of_freedom = independent * 4 / (len(repeated) + 3)
+    variance = squares / num_free
+    degrees_of_freedom = num_free * 4 / (num_settings + 3)
     t = student_quantile(0.95, degrees_of_freedom)
     half_widths = [t * math.sqrt(variance / len(values)) for values in differences]
-    return Intervals(half_widths, len(repeated), degrees_of_freedom)
+    return Intervals(half_widths, num_settings, degrees_of_freedom)
 
 
 def pair_runs(base: str, groups: list[list[Run]]) -> tuple[list[list[Run]], list[str]]:
@@ -66,17 +72,22 @@ def pair_runs(base: str, groups: list[list[Run]]) -> tuple[list[list[Run]], list
     for group in groups:
         if group[0].label == base:
             continue
-        differences, unpaired = [], {}
+        differences = []
+        unpaired = {}  # reason -> seeds
         for run in group:
             of_base = bases.get((run.data, run.network, run.seed))
             if of_base is None:
-                unpaired.setdefault(f"no {base} of its network, data and seed", []).append(run.seed)
-            elif others := other_images(run, of_base):
-                unpaired.setdefault(f"its {base} has other {', '.join(others)}", []).append(run.seed)
-            else:
-                shared = run.values.keys() & of_base.values.keys()
-                values = {key: run.values[key] - of_base.values[key] for key in shared}
-                differences.append(run._replace(values=values))
+                reason = f"no {base} of its network, data and seed"
+                unpaired.setdefault(reason, []).append(run.seed)
+                continue
+            others = other_images(run, of_base)
+            if others:
+                reason = f"its {base} has other {', '.join(others)}"
+                unpaired.setdefault(reason, []).append(run.seed)
+                continue
+            shared = run.values.keys() & of_base.values.keys()
+            values = {key: run.values[key] - of_base.values[key] for key in shared}
+            differences.append(run._replace(values=values))
         if differences:
             paired.append(differences)
         for reason, seeds in unpaired.items():

@@ -10,7 +10,6 @@ import argparse
 import csv
 import signal
 import sys
-from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from data.readers import Split
 from models import load_run
 from models.exits import MultiExitResNet, confidence
 from utils.errors import UserError, print_error, printable, run_command
-from utils.flags import number_type
+from utils.flags import number_type, path_type
 
 BATCH_SIZE = 128
 HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
@@ -32,12 +31,12 @@ HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of t
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=expanduser, metavar="RUN", help="run directory")
-    parser.add_argument("images", type=expanduser, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
+    parser.add_argument("images", type=path_type, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
     parser.add_argument("--threshold", type=number_type(float, 0, 10), default=1.01, metavar="T", help=text)
     parser.add_argument("--epoch", choices=("last", "best"), default="last", help="(default: %(default)s)")
-    parser.add_argument("--csv", type=expanduser, metavar="FILE", help="write the table there instead of printing it")
+    parser.add_argument("--csv", type=path_type, metavar="FILE", help="write the table there instead of printing it")
     return parser.parse_args(argv)
 
 
@@ -123,4 +122,8 @@ def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: fl
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    run_command(main)
+    try:
+        run_command(main)
+    except OSError as e:
+        print_error(str(e))
+        sys.exit(1)

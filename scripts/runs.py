@@ -46,6 +46,8 @@ COLUMNS |= {
 OF_PNORM = ("augrc_pnorm", "pnorm_p")
 TIMES = ("seconds_per_epoch", "hours")
 
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError)
+
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
 # Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
 NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
@@ -73,11 +75,6 @@ class Run(NamedTuple):
         return self.flags["classifier_type"]
 
 
-def path_argument(text: str) -> Path:
-    """An argparse type: a path, with `~` expanded also after `--flag=`, where no shell does it."""
-    return Path(text).expanduser()
-
-
 def paper_flags() -> dict:
     """The paper's setting: main.py's defaults. They are not checked, so that no device is asked for memory."""
     return vars(default_args()) | {"precision": "fp32"}
@@ -98,7 +95,7 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
     """The `last` or `best` epoch of a run, given its directory or a line that --export wrote, and the paper's flags.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, OSError: the run is unfinished, damaged or cannot be read.
+        One of DAMAGED: the run is unfinished, damaged or cannot be read.
     """
     if isinstance(source, Path):
         config = json.loads((source / "config.json").read_text())
@@ -233,7 +230,7 @@ def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Ru
                 others = other_images(run, used)
                 but = f", but with other {', '.join(others)}" if others else ""
                 raise ValueError(f"the same flags and seed as {used.name}, which is used{but}")
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        except DAMAGED as error:
             reason = f"no entry {error}" if isinstance(error, KeyError) else error
             left_out.append(printable(f"{name} ({reason})"))
     groups = [[group[seed] for seed in sorted(group)] for group in settings.values() if group]

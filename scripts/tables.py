@@ -9,7 +9,17 @@ from typing import NamedTuple
 from intervals import paired_intervals
 from runs import TIMES, Column, Run
 
+from utils.errors import printable
+
 MISSING = "—"
+LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    MISSING: "--",
+}
 
 
 class Cell(NamedTuple):
@@ -40,7 +50,7 @@ def make_table(title: str, columns: dict[str, Column], lines: list[Line], row_he
     for line in lines:
         found = {key: mean_cell(line.runs, key, line.published.get(key)) for key in columns}
         cells.append({key: cell for key, cell in found.items() if cell is not None})
-    return Table(title, columns, lines, cells, row_heading)
+    return Table(printable(title), columns, lines, cells, row_heading)
 
 
 def mean_cell(runs: list[Run], column: str, published: float | None = None) -> Cell | None:
@@ -76,12 +86,7 @@ def cell_text(cell: Cell | None, column: str, decimals: int, is_difference: bool
     if cell is None:
         return MISSING
     if is_difference:
-        text = f"{cell.mean:+.{decimals}f}"
-        if cell.half_width is None:
-            return text
-        low, high = cell.mean - cell.half_width, cell.mean + cell.half_width
-        mark = "*" if low > 0 or high < 0 else ""
-        return f"{text} [{low:+.{decimals}f}, {high:+.{decimals}f}]{mark}"
+        return difference_text(cell, decimals)
     text = f"{cell.mean:.{decimals}f}"
     if cell.sd is not None:
         text += f" ± {cell.sd:.{decimals}f}"
@@ -92,6 +97,17 @@ def cell_text(cell: Cell | None, column: str, decimals: int, is_difference: bool
     difference = cell.mean - cell.published
     mark = "*" if cell.sd is not None and abs(difference) > 2 * cell.sd else ""
     return f"{text} ({cell.published:.2f}, {difference:+.{decimals}f}{mark})"
+
+
+def difference_text(cell: Cell, decimals: int) -> str:
+    """Such as `-1.50 [-2.10, -0.90]*`."""
+    text = f"{cell.mean:+.{decimals}f}"
+    if cell.half_width is None:
+        return text
+    low = cell.mean - cell.half_width
+    high = cell.mean + cell.half_width
+    mark = "*" if low > 0 or high < 0 else ""
+    return f"{text} [{low:+.{decimals}f}, {high:+.{decimals}f}]{mark}"
 
 
 def shown_columns(tables: list[Table]) -> list[str]:
@@ -111,7 +127,8 @@ def text_rows(table: Table) -> list[list[str]]:
     rows = [[table.row_heading, *heading]]
     for line, cells in zip(table.lines, table.cells, strict=True):
         seeds = " ".join(str(run.seed) for run in line.runs)
-        row = [line.row, line.runs[0].network, line.runs[0].label, str(len(line.runs)), seeds]
+        run = line.runs[0]
+        row = [line.row, printable(run.network), run.label, str(len(line.runs)), seeds]
         for key in shown:
             row.append(cell_text(cells.get(key), key, table.columns[key].decimals, table.is_difference))
         rows.append(row)
@@ -148,9 +165,7 @@ def print_latex(tables: list[Table], notes: list[str]) -> None:
 
 def latex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
-    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", MISSING: "--", "~": r"\textasciitilde{}", "^": r"\^{}"}
-    special |= {c: f"\\{c}" for c in "&%$#_{}"}
-    return "".join(special.get(c, c) for c in text)
+    return "".join(LATEX.get(c, c) for c in text)
 
 
 def print_csv(tables: list[Table], notes: list[str]) -> None:

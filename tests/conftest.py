@@ -1,7 +1,8 @@
-"""Where the program is, and CUDA graphs emulated on a CPU."""
+"""Where the program is, the mark `slow`, what several test files share, and CUDA graphs emulated on a CPU."""
 
 import contextlib
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -16,6 +17,39 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: leave out with `-m "not slow"`, see README')
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A finished run (`helpers.FLAGS`), which tests read and copy but do not change."""
+    from helpers import train
+
+    directory = tmp_path_factory.mktemp("experiments") / "finished"
+    assert train(directory) == 0
+    return directory
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(command, *arguments) -> the line in which a command says why it ends with status 1."""
+    from helpers import one_line
+
+    def call(command, *arguments) -> str:
+        capsys.readouterr()  # what was printed before
+        assert command(*arguments) == 1
+        return one_line(capsys)
+
+    return call
 
 
 class Graph(TorchDispatchMode):

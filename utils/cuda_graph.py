@@ -42,7 +42,8 @@ class GraphedStep:
             except RuntimeError as e:
                 if any(text in str(error) for error in (e, e.__context__) for text in OUT_OF_MEMORY):
                     raise
-                print(f"note: the step could not be captured ({first_line(e)}): running without", file=sys.stderr)
+                cause = first_line(e.__context__ or e)  # closing the graph raises another error
+                print(f"note: the step could not be captured ({cause}): running without", file=sys.stderr)
                 self.failed = True
                 self._run(images, labels, index, batch_size)
                 return

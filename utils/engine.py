@@ -102,11 +102,10 @@ class TrainStep:
     """Forward, loss, backward, update and meter of one batch.
 
     Args:
-        model: the network, in training mode, as it is or wrapped by DistributedDataParallel.
+        model: the network, in training mode, as it is or as CompiledNetwork or DistributedDataParallel wrap it.
         objective: `objective(outputs, labels, index, batch_size) -> (loss, parts)`.
         precision: `--precision`, under which the network computes.
-        compile: run forward and loss through torch.compile for batches of the first one's size. Others, such as the
-            last of an epoch, run uncompiled: they are too rare to pay for a second compilation.
+        compile: run the objective through torch.compile, as CompiledNetwork runs the network.
         transform: the place where a batch may be changed before it is trained on:
             `transform(images (N, 3, S, S), labels (N,)) -> (images, soft labels (N, K))`. It runs at the beginning of
             every step, outside of what is compiled or captured. None leaves batches as they are.
@@ -134,13 +133,15 @@ class TrainStep:
         self.device, self.precision = device, precision
         self.meter = Meter(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.compiled = torch.compile(self.forward, dynamic=False) if compile else self.forward
+        self.compiled_objective = torch.compile(objective, dynamic=False) if compile else objective
         self.compiled_size = None  # of the first batch
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
         with autocast(self.precision, self.device):
             outputs = self.model(images)
-        loss, parts = self.objective(outputs, labels, index, batch_size)
+        self.compiled_size = self.compiled_size or batch_size
+        objective = self.compiled_objective if batch_size == self.compiled_size else self.objective
+        loss, parts = objective(outputs, labels, index, batch_size)
         return loss, parts, outputs.logits
 
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
@@ -150,9 +151,7 @@ class TrainStep:
 
     def update(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """The step after the transform: labels are classes (N,) or probabilities (N, K)."""
-        self.compiled_size = self.compiled_size or batch_size
-        forward = self.compiled if batch_size == self.compiled_size else self.forward
-        loss, parts, logits = forward(images, labels, index, batch_size)
+        loss, parts, logits = self.forward(images, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self._scaled_step(loss)

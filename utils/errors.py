@@ -107,6 +107,11 @@ def run_command(command: Callable[[], int | None]) -> None:
 
     Standard output and error may be closed, also while it runs, and escape what their encoding lacks.
     """
+    for number in range(3):  # a closed one would be given to a file, in which libraries would write their messages
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
@@ -120,6 +125,8 @@ def run_command(command: Callable[[], int | None]) -> None:
                 getattr(sys, name).flush()
             except BrokenPipeError:
                 setattr(sys, name, None)  # a pager that was left: Python, too, flushes at its end, and would complain
+            except OSError:
+                pass  # a full disk: Python says so at its end, with status 120
     sys.exit(status)
 
 

@@ -32,14 +32,19 @@ def drawing():
 
 def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sample standard deviation over the first axis, the runs; for a single run, 0."""
-    return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
+    mean = values.mean(axis=0)
+    if len(values) == 1:
+        return mean, np.zeros_like(mean)
+    return mean, values.std(axis=0, ddof=1)
 
 
 def mean_band(axis, x, curves: np.ndarray, markevery=0.25, **line) -> None:
     """The mean of curves (n, len(x)), in %, in a band of one standard deviation."""
     mean, sd = mean_sd(curves)
+    low = (mean - sd).clip(min=0)
+    high = (mean + sd).clip(max=100)
     axis.plot(x, mean, markevery=markevery, **line)
-    axis.fill_between(x, (mean - sd).clip(0), (mean + sd).clip(max=100), color=line["color"], alpha=0.18, linewidth=0)
+    axis.fill_between(x, low, high, color=line["color"], alpha=0.18, linewidth=0)
 
 
 def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) -> None:
@@ -47,36 +52,46 @@ def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) 
 
     predictions: a run's confidence (M,) and error (M,), as `utils.metrics.confidence_and_error` returns them.
     """
-    sums = torch.stack([torch.stack(reliability(*run)) for run in predictions], dim=1).numpy()  # (3, runs, bins)
-    samples, confidence, correct = sums[:, :, (sums[0] > 0).all(axis=0)]
-    x, accuracy = 100 * (confidence / samples).mean(axis=0), 100 * correct / samples
+    sums = []
+    for confidence, error in predictions:
+        sums.append(torch.stack(reliability(confidence, error)).numpy())
+    count, confidence, correct = np.stack(sums, axis=1)  # sums over images, (runs, bins) each
+    is_shown = (count > 0).all(axis=0)
+    share = count[:, is_shown].sum(axis=0) / count.sum()
+    mean_confidence = 100 * confidence[:, is_shown] / count[:, is_shown]
+    accuracy = 100 * correct[:, is_shown] / count[:, is_shown]
+
+    x = mean_confidence.mean(axis=0)
     axis.axline((0, 0), (100, 100), color="black", linewidth=0.8)
     mean_band(axis, x, accuracy, markevery=[], **line)
-    area = 150 * samples.sum(axis=0) / sums[0].sum()
-    axis.scatter(x, accuracy.mean(axis=0), area, color=line["color"], marker=line.get("marker"))
+    axis.scatter(x, accuracy.mean(axis=0), 150 * share, color=line["color"], marker=line.get("marker"))
     axis.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy (%)")
-    axis.set(xlabel="confidence (%)\narea of a marker: share of images\nstraight line: perfect calibration")
+    axis.set_xlabel("confidence (%)\narea of a marker: share of images\nstraight line: perfect calibration")
 
 
 def risk_coverage(axis, predictions: list[tuple[Tensor, Tensor]], **line) -> None:
     """Error among the most confident images, mean over the runs; predictions as for `reliability_diagram`."""
-    curves = torch.stack([risk_coverage_curve(*run) for run in predictions]).numpy()
+    curves = torch.stack([risk_coverage_curve(confidence, error) for confidence, error in predictions]).numpy()
     num_images = curves.shape[1]
-    shown = np.unique(np.linspace(num_images // 100, num_images - 1, 400).astype(int))  # below 1 % it is noise
-    mean_band(axis, 100 * (shown + 1) / num_images, 100 * curves[:, shown], **line)
+    first = num_images // 100  # fewer than 1 % of the images are noise
+    shown = np.unique(np.linspace(first, num_images - 1, 400).astype(int))
+    coverage = 100 * (shown + 1) / num_images
+    mean_band(axis, coverage, 100 * curves[:, shown], **line)
     axis.set(xlim=(0, 100), xlabel="coverage (%), most confident images first", ylabel="error among them (%)")
 
 
 def image_sheet(Figure, images: Tensor, captions: list[list[str]], title: str):
     """Images (n, 3, S, S) uint8, eight to a row, each under the first 24 characters of its lines of caption."""
     rows = -(-len(images) // 8)
-    figure = Figure(figsize=(9, (1.15 + 0.1 * len(captions[0])) * rows + 0.3))
+    row_height = 1.15 + 0.1 * len(captions[0])
+    figure = Figure(figsize=(9, row_height * rows + 0.3))
     figure.suptitle(title)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
+        text = "\n".join(f"{printable(line):.24}" for line in caption)
         axis = figure.add_subplot(rows, 8, i)
         axis.imshow(image.permute(1, 2, 0).numpy())
         axis.axis("off")
-        axis.set_title("\n".join(f"{printable(line):.24}" for line in caption), fontsize=6, parse_math=False)
+        axis.set_title(text, fontsize=6, parse_math=False)
     return figure
 
 
@@ -99,10 +114,12 @@ def predictions(logits: Tensor, labels: Tensor, loader):
         risk_coverage(right, [(confidence, error)], color="#0072b2")
         yield "predictions", figure
 
+        num_mistakes = int(error.sum())
+        mistakes = (confidence * error).argsort(descending=True)[: min(32, num_mistakes)]
         captions = []
-        mistakes = (confidence * error).argsort(descending=True)[: min(32, int(error.sum()))]
         for i in mistakes.tolist():
-            true, predicted = loader.class_names[labels[i]], loader.class_names[logits[i].argmax()]
+            true = loader.class_names[labels[i]]
+            predicted = loader.class_names[logits[i].argmax()]
             captions.append([true, predicted, f"{100 * confidence[i]:.1f} %"])
         if captions:
             title = "Most confident mistakes: true class, predicted class and its probability"

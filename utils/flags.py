@@ -105,6 +105,11 @@ def number_type(kind: type, low, high):
     return convert
 
 
+def path_type(text: str) -> Path:
+    """An argparse type: a path in which `~` is expanded, as shells do not after `=`."""
+    return Path(os.path.expanduser(text))
+
+
 def add_flag(group, flag: str, kind: str = "experiment", also: str = "", **options) -> None:
     """Add a flag.
 
@@ -135,7 +140,7 @@ def add_number(group, flag: str, number: type, default, low, high, text: str, re
 
 
 def add_path(group, flag: str, kind: str, text: str, **options) -> None:
-    """Add a flag for a path, in which `~` is expanded, as shells do not after `=`."""
+    """Add a flag for a path, as a string in which `~` is expanded."""
     add_flag(group, flag, kind, type=os.path.expanduser, help=text, **options)
 
 

@@ -84,7 +84,7 @@ class RunDirectory:
             UserError: the directory is in use or cannot be written, or the checkpoint is damaged, foreign, or was
                 trained with other flags.
         """
-        checkpoint, self.source, self.is_finished = distributed.from_main(self._open)
+        checkpoint, self.source, self.is_finished = distributed.broadcast_from_rank_0(self._open)
         if checkpoint is not None:
             self.history = checkpoint["history"]
             self._record |= {name: checkpoint[name] for name in ("data", "starts", "changes")}

@@ -81,7 +81,7 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch(small_set):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shards_of_the_processes_make_up_every_batch(small_set, monkeypatch, world_size):
     single, shards = [list(part) for part in build()], []
-    monkeypatch.setattr("utils.distributed.local_main_first", lambda make: make())
+    monkeypatch.setattr("utils.distributed.local_rank_0_first", lambda make: make())
     monkeypatch.setattr("utils.distributed.world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr("utils.distributed.rank", lambda rank=rank: rank)

@@ -1,7 +1,7 @@
 """The loops, against the same loops written out; metrics of all classifiers; what is not finite."""
 
 import copy
-from math import inf, log, nan
+from math import inf, log, nan, sqrt
 
 import pytest
 import torch
@@ -45,6 +45,28 @@ def mix_up(images, labels):
 def test_schedule_drops_at_each_epoch_given():
     schedule = engine.build_schedule(build("--lr 0.1 --lr_decay_rate 0.2 --lr_decay_schedule 2 3 5")[2])
     assert [schedule(epoch) for epoch in range(6)] == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.004, 0.0008])
+
+
+def test_the_paper_s_schedule_to_the_bit():
+    schedule = engine.build_schedule(build()[2])
+    expected = [0.1] * 150 + [0.1 * 0.1] * 75 + [0.1 * 0.1**2] * 75
+    assert [schedule(epoch) for epoch in range(300)] == expected
+
+
+def test_cosine_schedule_worked_by_hand():
+    schedule = engine.build_schedule(build("--lr 0.2 --lr_schedule cosine --end_epoch 4 --lr_decay_schedule 1")[2])
+    expected = [0.2, 0.1 * (1 + sqrt(0.5)), 0.1, 0.1 * (1 - sqrt(0.5))]  # cosines of 0, 45, 90, 135 degrees
+    assert [schedule(epoch) for epoch in range(4)] == pytest.approx(expected, rel=1e-15)
+
+
+def test_warmup_rises_linearly_to_the_schedule():
+    schedule = engine.build_schedule(build("--lr 0.4 --warmup_epochs 3 --lr_decay_schedule 5")[2])
+    assert [schedule(epoch) for epoch in range(7)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.04, 0.04], rel=1e-15)
+
+
+def test_cosine_begins_at_the_full_rate_after_warmup():
+    schedule = engine.build_schedule(build("--lr 0.2 --lr_schedule cosine --end_epoch 3 --warmup_epochs 1")[2])
+    assert [schedule(epoch) for epoch in range(3)] == pytest.approx([0.1, 0.2, 0.1], rel=1e-15)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -244,11 +244,11 @@ def test_pickles_folders_and_cache_give_identical_arrays(cifar, tmp_path):
     name, pickles, folders = cifar
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     options = ReadOptions(32)
-    from_pickles = readers.read_cifar(kind, pickles.parent, options)
+    from_pickles = readers.read_cifar(kind.__name__, pickles.parent, options)
     order = [np.argsort(split.labels, kind="stable") for split in from_pickles[:2]]  # as folders have them
     expected = [split.select(rows).digest() for split, rows in zip(from_pickles[:2], order, strict=True)]
     for _ in range(2):  # decoded, and from the cache
-        found = readers.read_cifar(kind, folders, options)
+        found = readers.read_cifar(kind.__name__, folders, options)
         assert [split.digest() for split in found[:2]] == expected and found.class_names == from_pickles.class_names
         assert all(split.images.flags["C_CONTIGUOUS"] and split.labels.dtype == np.int64 for split in found[:2])
     assert all(split.images.flags["C_CONTIGUOUS"] for split in from_pickles[:2])
@@ -259,5 +259,5 @@ def test_another_test_set_of_cifars_classes_is_read(cifar):
     shutil.rmtree(folders / "train")
     (folders / "test/name 00/new.png").write_bytes(next((folders / "test/name 00").glob("*.png")).read_bytes())
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    _, test, class_names = readers.read_cifar(kind, folders, ReadOptions(32, train=False))
+    _, test, class_names = readers.read_cifar(kind.__name__, folders, ReadOptions(32, train=False))
     assert len(test.images) == len(class_names) + 1

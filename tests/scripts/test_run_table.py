@@ -166,6 +166,19 @@ def test_closed_output_is_no_failure(runs):
     assert len(list(runs.glob("*/results.json"))) == 2
 
 
+def test_study_trains_its_ten_settings_seed_by_seed(tmp_path):
+    environment = {**os.environ, "SEEDS": "1 2", "EPOCHS": "80", "PYTHON": "python"}
+    command = [SCRIPTS / "study.sh", "--dry-run", "--data_path", str(tmp_path)]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings = [main.parse_args(line.split()[2:]) for line in lines]
+    assert [args.seed for args in settings] == 10 * [1] + 10 * [2]
+    assert len({args.run_name for args in settings}) == 20
+    first = [(args.PSKD, args.BYOT, args.DML, args.alpha, args.label_smoothing) for args in settings[:10]]
+    assert len(set(first)) == 10 and (False, True, False, 0.0, 0.0) in first and (False,) * 3 + (0.1, 0.1) in first
+    for args in settings:
+        assert (args.classes, args.val_split, args.width, args.lr_decay_schedule) == (20, 0.1, 16, [40, 60])
+
+
 def test_longest_rows_first_with_several_jobs(runs, monkeypatch, capfd):
     monkeypatch.setenv("SEEDS", "1 2")  # in the paper 28.9 seconds per epoch for row 2, 32.4 for row 5
     for jobs, rows in (("1", ["BYOT", "PSKD_BYOT"]), ("2", ["PSKD_BYOT", "BYOT"])):

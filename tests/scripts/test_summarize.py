@@ -130,6 +130,13 @@ def test_other_training_images_are_another_setting(tmp_path, summary):
     assert "left out" not in out
 
 
+def test_without_test_split_the_held_out_images_have_a_table_of_their_own(tmp_path, summary):
+    make_finished_run(tmp_path, "a", 20.0, val_split=0.1, data_type="folder")
+    out = summary()
+    assert out.startswith("### Other runs: folder, no test split: held-out images\n")
+    assert cells(out)[0]["top-1 err (%)"] == "20.00"
+
+
 def test_seeds_that_hold_out_other_images_are_one_setting(tmp_path, summary):
     for seed in (1, 2):
         data = images_record(f"{seed}a", f"{seed}b", "3c") | {"mean": [seed / 10]}
@@ -189,6 +196,7 @@ DAMAGE = {
     "null": ("results.json", '"nll": 0.5', '"nll": null'),
     "time": ("results.json", '"seconds_per_epoch": 10.0', '"seconds_per_epoch": null'),
     "val": ("results.json", '"val": {', '"val": [], "was": {'),
+    "cost": ("results.json", '"exits": []', '"exits": [], "early_exit": {"chosen": {}, "backbone_multiply_adds": 0}'),
     "seed": ("config.json", '"seed": 1', '"seed": [7]'),
     "starts": ("config.json", '"seed"', '"starts": null, "seed"'),
     "device": ("config.json", '"device_name"', '"no_name"'),
