@@ -112,12 +112,13 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
 def _fit(image: Image.Image, size: Size) -> Image.Image:
     """Resized, antialiased bilinear, until it just covers `size`, and cut to it centrally. Of a square that is
     torchvision's Resize (the shorter side) and CenterCrop."""
-    from torchvision.transforms.functional import center_crop, resize  # here, as in read_cifar
-
     height, width = size
     covering_height = max(height, width * image.height // image.width)
     covering_width = max(width, height * image.width // image.height)
-    return center_crop(resize(image, [covering_height, covering_width]), [height, width])
+    image = image.resize((covering_width, covering_height), Image.Resampling.BILINEAR)
+    top = round((covering_height - height) / 2)
+    left = round((covering_width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 @contextlib.contextmanager

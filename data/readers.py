@@ -91,13 +91,13 @@ def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
     checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
     checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
     splits = {}
+    names = ("train", "test") if options.train else ("test",)
     with _fetching(archive, checksums, options.read_only):
-        names = ("train", "test") if options.train else ("test",)
-        for name in names:
-            part = kind(root, train=name == "train", download=not options.read_only)
+        for split in names:
+            part = kind(root, train=split == "train", download=not options.read_only)
             pixels = np.ascontiguousarray(part.data)
             labels = np.array(part.targets)
-            splits[name] = Split(pixels, labels)
+            splits[split] = Split(pixels, labels)
     return Images(splits.get("train"), splits["test"], part.classes)
 
 

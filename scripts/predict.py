@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     if args.csv:
-        Path(args.csv).touch()  # before the work, not after it
+        args.csv.touch()  # before the work, not after it
     model, info = load_run(args.run, args.epoch)
     if info["temperatures"] is None:
         text = "confidences are not calibrated: the run had no --val_split to fit temperatures on, or no test split"
@@ -76,12 +76,12 @@ def predict(args: argparse.Namespace) -> int:
     return 0 if len(rows) == len(paths) else 1
 
 
-def find_images(given: list[str]) -> list[str]:
+def find_images(given: list[Path]) -> list[str]:
     """Files as they are given, and the images in folders. Raises UserError where a folder holds none."""
     paths = []
     for path in given:
-        if not Path(path).is_dir():
-            paths.append(path)
+        if not path.is_dir():
+            paths.append(str(path))
             continue
         images, others = list_images(path)
         note_skipped(path, others)
@@ -122,8 +122,4 @@ def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: fl
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    try:
-        run_command(main)
-    except OSError as e:
-        print_error(str(e))
-        sys.exit(1)
+    run_command(main)

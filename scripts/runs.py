@@ -113,7 +113,7 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
     has_held_out = bool(flags["val_split"])
     data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags[limit])])
     record = results[which]
-    if has_held_out and "test" in results:
+    if has_held_out and results.get("test"):
         record = results["test"][which]
     elif has_held_out:
         data += ", no test split: held-out images"
