@@ -134,6 +134,8 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a JPEG, PNG or WebP image") from None
     except Exception as e:  # each file format has exceptions of its own
+        if getattr(e, "strerror", None):  # the system's, of the file itself
+            raise UserError(f"{path} cannot be read ({e.strerror})") from None
         raise UserError(f"{path} is not an intact JPEG, PNG or WebP image ({first_line(e)})") from None
 
 

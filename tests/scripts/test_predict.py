@@ -118,6 +118,11 @@ def test_pipe_named_as_an_image_is_an_error(trained, tmp_path, capsys):
     assert f"error: {tmp_path / 'x.png'} is not a regular file\n" in capsys.readouterr().err
 
 
+def test_missing_file_is_an_error(trained, tmp_path, capsys):
+    assert predict.main([str(trained / "run"), str(tmp_path / "x.png")]) == 1
+    assert f"error: {tmp_path / 'x.png'} cannot be read (No such file or directory)\n" in capsys.readouterr().err
+
+
 def test_hidden_and_foreign_files_are_counted_and_skipped(trained, tmp_path, capsys):
     shutil.copy(next((trained / "photos" / "test" / "a").glob("*.png")), tmp_path / "x.png")
     for name in ("._x.png", ".DS_Store", "notes.txt"):
