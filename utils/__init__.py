@@ -11,5 +11,5 @@ engine          one epoch of training, one pass of validation, the optimiser and
 metrics         the metrics, and METRICS, the table of their names and units
 calibration     temperatures, and what early exit saves, from logits
 logger, figures     an epoch's record -> console, log file, TensorBoard; diagrams
-distributed, cuda_graph     several processes; a captured training step
+distributed, compile, cuda_graph    several processes; a compiled network; a captured training step
 """
