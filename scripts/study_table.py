@@ -44,7 +44,8 @@ def study_table(file: Path) -> str:
     differences, _ = make_paired_table("", {"top1_error": COLUMNS["top1_error"]}, paired)
     rows = [HEADING, ["---"] * len(HEADING)]
     for label, words in SETTINGS.items():
-        if label not in by_label:
+        if label not in by_label:  # not run yet
+            rows.append([words, *[""] * (len(HEADING) - 2), published(label)])
             continue
         runs = by_label[label]
         row = [words]
