@@ -145,24 +145,8 @@ def train(args, device: torch.device) -> None:
             print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
-        # network, loss and optimiser
-        model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
-        objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
-        optimizer, schedule = build_optimizer(args, model), build_schedule(args)
-        states = {"model": model, "objective": objective, "optimizer": optimizer}
-        if checkpoint:
-            load_states(checkpoint, run.source, **states)
-
-        # the training step, perhaps in several processes, perhaps captured
-        network = CompiledNetwork(model) if args.compile else model
-        network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
-        transform = build_transform(args, train_loader.num_classes)
-        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
-        states["scaler"] = step.scaler  # of fp16
-        if checkpoint and checkpoint.get("scaler"):
-            step.scaler.load_state_dict(checkpoint["scaler"])
-        if args.cuda_graph:
-            step = GraphedStep(step)
+        model, network, step, states = build_training(args, device, train_loader, checkpoint, run.source)
+        objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
 
         # from here on files are written
         run.begin(machine_facts(device, distributed.world_size()), train_loader.record, checkpoint)
@@ -189,14 +173,42 @@ def train(args, device: torch.device) -> None:
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
             if run.is_main:
+                settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
                 measured = evaluate(*predictions, trained_exits(args))
                 timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
-                settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
                 record = {**settings, **trained, **timing, **measured}
                 run.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
                 logger.epoch(record)
 
         finish(args, run, logger, model, loaders, predictions)
+
+
+def build_training(args, device: torch.device, train_loader, checkpoint: dict | None, source: Path | None):
+    """What is trained and what trains it, in the state of the checkpoint, if there is one; `source` is its file.
+
+    Returns:
+        the network; the same as the step calls it, perhaps compiled and in several processes; the step, perhaps
+        captured; and by the names of the checkpoint's entries, whatever has a state.
+    """
+    # network, loss and optimiser
+    model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
+    objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
+    optimizer = build_optimizer(args, model)
+    states = {"model": model, "objective": objective, "optimizer": optimizer}
+    if checkpoint:
+        load_states(checkpoint, source, **states)
+
+    # the training step
+    network = CompiledNetwork(model) if args.compile else model
+    network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
+    transform = build_transform(args, train_loader.num_classes)
+    step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
+    states["scaler"] = step.scaler  # of fp16
+    if checkpoint and checkpoint.get("scaler"):
+        step.scaler.load_state_dict(checkpoint["scaler"])
+    if args.cuda_graph:
+        step = GraphedStep(step)
+    return model, network, step, states
 
 
 def check_images(run: RunDirectory, checkpoint: dict | None, record: dict) -> None:
