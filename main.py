@@ -5,7 +5,7 @@ import sys
 
 if sys.platform == "win32":
     sys.exit("error: Linux and macOS only, because files are locked as POSIX does it; on Windows, use WSL")
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is of a job in background
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
 import argparse

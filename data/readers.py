@@ -79,7 +79,7 @@ def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
     Raises:
         UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
     """
-    from torchvision import datasets  # here: importing torchvision takes as long as PyTorch, and --help needs neither
+    from torchvision import datasets  # here: importing it takes as long as PyTorch, and --help does not need it
 
     kind = getattr(datasets, name)
     folder, archive = root / kind.base_folder, root / kind.filename

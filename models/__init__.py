@@ -73,7 +73,7 @@ def build_model(args, num_classes: int) -> MultiExitResNet:
     """
     from torchvision.models import (
         resnet,
-    )  # here: importing torchvision takes as long as PyTorch, and --help needs neither
+    )  # here: importing torchvision takes as long as PyTorch, and --help does not need it
 
     arch = MODELS[args.classifier_type]
     backbone = {

@@ -71,7 +71,7 @@ def predict(args: argparse.Namespace) -> int:
             writer.writerows(rows)
     else:
         for path, name, certainty, classifier, share in rows:
-            text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)"
+            text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the backbone's multiply-adds)"
             print(f"{printable(path)}: {printable(name)}  {text}")
     return 0 if len(rows) == len(paths) else 1
 

@@ -15,7 +15,7 @@ class GraphedStep:
     The first WARM_UP steps of a batch shape run as they are (they are the run's real steps), then one is captured,
     and from then on batches are copied into its static inputs. A batch of another shape, such as the last one of an
     epoch, runs as it is. The learning rate is part of what is captured: when it changes, the step is captured again.
-    Everything else that changes between steps lives in tensors (weights, momentum, memory, alpha_t, meters, fp16's
+    Everything else that changes between steps lives in tensors (weights, momentum, the losses' buffers, meters, fp16's
     scale) that the graph reads and writes in place. If capturing fails, one line says so and all steps run as they are.
     """
 

@@ -199,7 +199,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="let these differ on resume, and record it: end_epoch, precision, processes (default: none, since a run is"
         " then no longer what one command computes)",
     )
-    text = "the same as --allow_change end_epoch; PS-KD's alpha_t depends on it"
+    text = "the same as --allow_change end_epoch; a loss may depend on the number of epochs"
     switch("--allow_end_epoch_change", "runtime", help=text)
     switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
     text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"

@@ -263,7 +263,8 @@ class RunDirectory:
         LAST becomes PREVIOUS; BEST and the checkpoints of --saveckp_freq are links to the same file as LAST.
 
         Args:
-            make_states: returns the entries `model`, `optimizer`, `objective`.
+            record: the epoch's line of metrics.jsonl.
+            make_states: returns the checkpoint's entries that hold states.
         """
         self.history.append(record)
         self.seconds_saving = 0.0
