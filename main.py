@@ -42,7 +42,7 @@ from utils.errors import (
 )
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
-from utils.machine import machine_facts, seed_generators, set_up_torch
+from utils.machine import environment, seed_generators, set_up_torch
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
@@ -149,7 +149,7 @@ def train(args, device: torch.device) -> None:
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
 
         # from here on files are written
-        run.begin(machine_facts(device, distributed.world_size()), train_loader.record, checkpoint)
+        run.begin(environment(device, distributed.world_size()), train_loader.record, checkpoint)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
@@ -225,7 +225,7 @@ def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) 
     images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
     if args.val_split is not None and "test" not in loaders:
         images += ", no test split"
-    machine = machine_facts(device, distributed.world_size())["device_name"]
+    machine = environment(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
 

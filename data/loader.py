@@ -131,7 +131,7 @@ class Loader:
             labels = self.labels[index]
             yield from zip(images.split(sizes), labels.split(sizes), index.split(sizes), strict=True)
 
-    def pictures(self, index: torch.Tensor) -> torch.Tensor:
+    def raw_images(self, index: torch.Tensor) -> torch.Tensor:
         """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""
         images = self.images[index.to(self.images.device)].cpu()
         return resize(images, self.image_size).permute(0, 3, 1, 2)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 from loss import METHODS
 from main import RUNTIME_FLAGS, default_args
 from utils.errors import printable
-from utils.machine import MACHINE_FACTS
+from utils.machine import ENVIRONMENT
 from utils.metrics import METRICS
 from utils.records import classifiers
 
@@ -50,7 +50,7 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
 # Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
-NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
+NO_DEPARTURE = {*RUNTIME_FLAGS, *ENVIRONMENT, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
 NO_DEPARTURE |= {"data", "starts", "changes"}
 
 

@@ -196,11 +196,11 @@ class RunDirectory:
         if done > self.flags["end_epoch"]:
             raise UserError(f"{source} has {done} epochs already, more than --end_epoch {self.flags['end_epoch']}")
 
-    def begin(self, facts: dict, data: dict, checkpoint: dict | None) -> None:
+    def begin(self, environment: dict, data: dict, checkpoint: dict | None) -> None:
         """Write what is known before the first epoch; a new run removes an earlier one's files first.
 
         Args:
-            facts: of the machine (utils/machine.py).
+            environment: versions, device, processes and commit of this start (utils/machine.py).
             data: the data record (data/__init__.py).
             checkpoint: what `open` returned.
 
@@ -214,7 +214,7 @@ class RunDirectory:
             if (self.path / LAST).exists():
                 raise UserError(f"{self.path} is now used by another run; rerun this command to continue it")
         self.check_lock()
-        start = {"epoch": len(self.history), **facts, "launch": distributed.launch_id()}
+        start = {"epoch": len(self.history), **environment, "launch": distributed.launch_id()}
         self._record["data"] = data
         self._record["starts"] = [*self._record["starts"], start]
 

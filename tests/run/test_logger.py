@@ -39,9 +39,9 @@ class FakeLoader:
 
     def __iter__(self):
         for index in torch.arange(6).split(4):
-            yield self.pictures(index), LABELS[index], index
+            yield self.raw_images(index), LABELS[index], index
 
-    def pictures(self, index):
+    def raw_images(self, index):
         colours = 10 * index[:, None, None, None]
         return colours.expand(-1, 3, 8, 8).byte()
 

@@ -15,7 +15,7 @@ from models import load_run
 from utils import run_directory
 from utils.calibration import calibrate, fit_temperature
 from utils.engine import evaluate, predict
-from utils.machine import MACHINE_FACTS
+from utils.machine import ENVIRONMENT
 from utils.metrics import METRICS
 
 COMBINATIONS = ["--BYOT --BYOT_from_k_block 2", "--DML --DML_on_output"]
@@ -119,7 +119,7 @@ def test_config_holds_every_flag_and_where_it_ran(written):
     assert config["precision"] == "fp32"
     assert config["overwrite"] is False
     assert config["PSKD"] == ("--PSKD" in written.flags)
-    facts = {name: config[name] for name in MACHINE_FACTS}
+    facts = {name: config[name] for name in ENVIRONMENT}
     assert config["starts"] == [{"epoch": 0, **facts}]
 
 

@@ -198,7 +198,7 @@ def run(tmp_path_factory):
 def test_load_run_gives_the_trained_network_and_what_is_needed_to_use_it(run):
     run, val = run
     model, info = load_run(run)
-    saved, pixels = np.load(run / "predictions.npz"), val.pictures(torch.arange(10)) / 255
+    saved, pixels = np.load(run / "predictions.npz"), val.raw_images(torch.arange(10)) / 255
     mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         np.testing.assert_allclose(model((pixels - mean) / std).logits, saved["logits"], rtol=1e-3, atol=1e-4)
