@@ -40,7 +40,7 @@ def seed_generators(seed: int, epoch: int, process: int) -> None:
 
 @functools.cache
 def environment(device: torch.device, processes: int = 1) -> dict:
-    """ENVIRONMENT and their values: versions, device, number of processes, git commit."""
+    """The values of ENVIRONMENT: versions, device, number of processes, git commit."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
