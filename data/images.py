@@ -61,13 +61,26 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The image files in a folder and below it, sorted by folder, then name; and the other files, hidden ones and
     those whose suffix is not an image's."""
     images, others = [], []
-    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
+    for parent, names in sorted(_walk(folder)):
         for name in sorted(names):
             path = os.path.join(parent, name)
             is_hidden = "/." in path.removeprefix(str(folder))
             is_image = Path(name).suffix.lower() in SUFFIXES
             (images if is_image and not is_hidden else others).append(path)
     return images, others
+
+
+def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders at and below `folder`, each once, though links may lead to one again, and the names in them."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        where = os.path.realpath(parent)
+        if where in seen:
+            folders.clear()
+            continue
+        seen.add(where)
+        folders.sort()
+        yield parent, names
 
 
 def note_skipped(folder: str | Path, others: list[str]) -> None:

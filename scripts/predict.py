@@ -8,6 +8,7 @@ A file that is not an image gives one line, and the others continue.
 
 import argparse
 import csv
+import io
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from data.readers import Split
 from models import load_run
 from models.exits import MultiExitResNet, confidence
 from utils.errors import UserError, print_error, printable, run_command
+from utils.files import write_atomic
 from utils.flags import number_type, path_type
 
 BATCH_SIZE = 128
@@ -64,11 +66,12 @@ def predict(args: argparse.Namespace) -> int:
             batch = paths[start : start + BATCH_SIZE]
             rows += classify(model, info, batch, args.threshold)
             bar.update(len(batch))
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:  # names as they are
-            writer = csv.writer(f)
-            writer.writerow(HEADINGS)
-            writer.writerows(rows)
+    if args.csv and rows:
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(HEADINGS)
+        writer.writerows(rows)
+        write_atomic(args.csv, table.getvalue().encode("utf-8", "surrogateescape"))  # names as they are
     else:
         for path, name, certainty, classifier, share in rows:
             text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the backbone's multiply-adds)"

@@ -250,3 +250,11 @@ def test_too_little_memory_for_a_loader_names_the_flags_for_images(root, monkeyp
     with pytest.raises(UserError, match="--classes, --limit_train, --limit_val") as caught:
         data.load_splits(main.parse_args(["--data_type", "folder", "--data_path", str(root)]), "cpu")
     assert "--batch_size" not in str(caught.value)
+
+
+def test_a_link_to_its_own_folder_counts_no_image_twice(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "self").symlink_to(tmp_path)
+    found, others = images.list_images(tmp_path)
+    assert found == [str(tmp_path / "a.png")]
+    assert others == []
