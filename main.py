@@ -5,7 +5,7 @@ import sys
 
 if sys.platform == "win32":
     sys.exit("error: Linux and macOS only, because files are locked as POSIX does it; on Windows, use WSL")
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is of a job in background
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
 import argparse
@@ -21,19 +21,28 @@ import torch
 import data
 import loss
 import models
-from data import check_same_images, load_splits
+from data import build_transform, check_same_images, load_splits
 from loss import METHODS, build_objective, trained_exits
 from models import build_model
 from utils import distributed, flags
 from utils.calibration import calibrate, early_exit_curve
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
+from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
-from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, find_not_finite, predict, train_one_epoch
-from utils.errors import Interrupted, UserError, describe_error, first_line, print_error, run_command, signals_raise
+from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
+from utils.errors import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    describe_error,
+    first_line,
+    print_error,
+    run_command,
+    signals_raise,
+)
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
-from utils.machine import machine_facts, seed_generators, set_up_torch
-from utils.metrics import NonFiniteError
+from utils.machine import environment, seed_generators, set_up_torch
 from utils.records import results_table
 from utils.run_directory import RunDirectory
 
@@ -112,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as e:
         return 128 + e.number
-    except (UserError, OSError, MemoryError, RuntimeError) as e:
+    except Exception as e:
         message = describe_error(e, args)
         if message is None:
             raise
@@ -136,22 +145,11 @@ def train(args, device: torch.device) -> None:
             print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
-        # network, loss and optimiser
-        model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
-        objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
-        optimizer, schedule = build_optimizer(args, model), build_schedule(args)
-        states = {"model": model, "objective": objective, "optimizer": optimizer}
-        if checkpoint:
-            load_states(checkpoint, run.source, **states)
-
-        # the training step, perhaps in several processes, perhaps captured
-        network = distributed.wrap(model, device, args.sync_bn, all_used=all(trained_exits(args)))
-        step = TrainStep(network, objective, optimizer, device, args.precision, args.compile)
-        if args.cuda_graph:
-            step = GraphedStep(step)
+        model, network, step, states = build_training(args, device, train_loader, checkpoint, run.source)
+        objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
 
         # from here on files are written
-        run.begin(machine_facts(device, distributed.world_size()), train_loader.record, checkpoint)
+        run.begin(environment(device, distributed.world_size()), train_loader.record, checkpoint)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
@@ -169,20 +167,48 @@ def train(args, device: torch.device) -> None:
             train_loader.set_epoch(epoch)
             trained = train_one_epoch(step, train_loader, logger.bar)
             distributed.broadcast_buffers(model)  # first, so that every process finds the same
-            if bad := find_not_finite(model, trained["train"]):
-                raise not_finite(bad, epoch, args)
+            if bad := first_nonfinite(model, trained["train"]):
+                raise NonFiniteError(f"epoch {epoch + 1}: {bad} is not finite")
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
             if run.is_main:
-                measured = measure(*predictions, epoch, args)
-                timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
+                measured = evaluate(*predictions, trained_exits(args))
+                timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
                 record = {**settings, **trained, **timing, **measured}
                 run.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
                 logger.epoch(record)
 
         finish(args, run, logger, model, loaders, predictions)
+
+
+def build_training(args, device: torch.device, train_loader, checkpoint: dict | None, source: Path | None):
+    """What is trained and what trains it, in the state of the checkpoint, if there is one; `source` is its file.
+
+    Returns:
+        the network; the same as the step calls it, perhaps compiled and in several processes; the step, perhaps
+        captured; and by the names of the checkpoint's entries, whatever has a state.
+    """
+    # network, loss and optimiser
+    model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
+    objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
+    optimizer = build_optimizer(args, model)
+    states = {"model": model, "objective": objective, "optimizer": optimizer}
+    if checkpoint:
+        load_states(checkpoint, source, **states)
+
+    # the training step
+    network = CompiledNetwork(model) if args.compile else model
+    network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
+    transform = build_transform(args, train_loader.num_classes)
+    step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
+    states["scaler"] = step.scaler  # of fp16
+    if checkpoint and checkpoint.get("scaler"):
+        step.scaler.load_state_dict(checkpoint["scaler"])
+    if args.cuda_graph:
+        step = GraphedStep(step)
+    return model, network, step, states
 
 
 def check_images(run: RunDirectory, checkpoint: dict | None, record: dict) -> None:
@@ -199,7 +225,7 @@ def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) 
     images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
     if args.val_split is not None and "test" not in loaders:
         images += ", no test split"
-    machine = machine_facts(device, distributed.world_size())["device_name"]
+    machine = environment(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
 
@@ -231,22 +257,6 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
     run.finish(test)  # last: nothing more is done for a run that is finished
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, epoch: int, args) -> dict:
-    """`evaluate`, with an error for the user where a logit is not finite."""
-    try:
-        return evaluate(logits, labels, trained_exits(args))
-    except NonFiniteError:
-        raise not_finite("a logit", epoch, args) from None
-
-
-def not_finite(what: str, epoch: int, args) -> UserError:
-    """The error that stops a run: what is not finite since which epoch, and what to try."""
-    remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
-    return UserError(
-        f"epoch {epoch + 1}: {what} is not finite (NaN or infinite); earlier checkpoints are kept; try {remedy}"
-    )
-
-
 def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
     """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
     complete in rank 0; empty without a test split."""
@@ -255,7 +265,9 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         return test
     for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
-        checkpoint = distributed.from_main(lambda file=file: load_checkpoint(file) if file.exists() else None)
+        checkpoint = distributed.broadcast_from_rank_0(
+            lambda file=file: load_checkpoint(file) if file.exists() else None
+        )
         if checkpoint is None:
             continue
         load_states(checkpoint, file, model=model)
@@ -263,11 +275,10 @@ def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader)
         if not run.is_main:
             continue
         epoch = checkpoint["epoch"]
-        record = {"epoch": epoch, **measure(*tested, epoch, args), **calibrate(heldout, tested, trained)}
+        record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
         record["early_exit"] = None
         if any(trained):
-            model.temperatures = record["temperatures"]
-            costs, backbone = model.multiply_adds(args.image_size)
+            costs, backbone = model.multiply_adds(args.image_size, record["temperatures"])
             record["early_exit"] = early_exit_curve(heldout, tested, record["temperatures"], costs, backbone)
         test[name] = record
     return test
@@ -280,13 +291,15 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
         UserError: a run could not be evaluated (after all others were).
     """
     path = Path(args.resume)
-    is_one = distributed.from_main(lambda: path.is_file() or (path / LAST).exists())
-    runs = [path] if is_one else distributed.from_main(lambda: sorted(file.parent for file in path.rglob(LAST)))
+    is_one = distributed.broadcast_from_rank_0(lambda: path.is_file() or (path / LAST).exists())
+    runs = [path]
+    if not is_one:
+        runs = distributed.broadcast_from_rank_0(lambda: sorted(file.parent for file in path.rglob(LAST)))
     found, failed = {}, []
     for run in runs:
         try:
             found[str(run)] = evaluate_checkpoint(run, argv, device)
-        except (UserError, OSError, MemoryError, RuntimeError) as e:
+        except Exception as e:
             if is_one or distributed.world_size() > 1:  # of several processes, the others may wait for this one
                 raise
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
@@ -314,7 +327,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing or of other
             classes.
     """
-    checkpoint, path, note = distributed.from_main(lambda: find_checkpoint(path))
+    checkpoint, path, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(path))
     if note and distributed.is_main():
         print(note)
 
@@ -335,7 +348,9 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
     # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
     split = "val"
-    if own.val_split is not None and loaders["val"].record["splits"]["val"] != recorded["val"]:
+    if own.val_split is not None and (
+        "val" not in loaders or loaders["val"].record["splits"]["val"] != recorded["val"]
+    ):
         split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")
@@ -349,7 +364,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
         "epoch": checkpoint["epoch"],
         "images": loader.record["splits"][split],
         "images_of_the_run": recorded.get(split),
-        **measure(logits, labels, checkpoint["epoch"], own),
+        **evaluate(logits, labels, trained_exits(own)),
     }
 
 

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import readers, synthetic
 from data.images import LARGEST, ReadOptions
 from data.loader import Loader, generator
 from data.readers import Images, Split
 from utils import distributed
-from utils.errors import UserError, first_line, is_out_of_memory
+from utils.errors import UserError, first_line, first_names, is_out_of_memory
 from utils.flags import add_flag, add_number, add_path
 
 
@@ -35,8 +34,8 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
-    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR100)),
-    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, CIFAR10)),
+    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR100")),
+    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR10")),
     "tinyimagenet": Dataset(200, IMAGENET_MEAN, IMAGENET_STD, "resized_crop", readers.read_tiny_imagenet),
     "folder": Dataset(None, None, None, "crop", readers.read_folder),
     "synthetic": Dataset(100, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "crop", synthetic.read),
@@ -122,7 +121,7 @@ def load_splits(
     """
     dataset = DATASETS[args.data_type]
     read = partial(dataset.read, Path(args.data_path), _read_options(args, record))
-    splits, class_names = _divide(args, distributed.local_main_first(read))
+    splits, class_names = _divide(args, distributed.local_rank_0_first(read))
     if record is not None and (changes := _class_differences(record["class_names"], class_names)):
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
     if record is not None:
@@ -132,17 +131,25 @@ def load_splits(
     else:
         mean, std = channel_statistics(splits["train"].images)
 
-    chosen, facts = {}, {}
+    any_split = next(iter(splits.values()))
+    height, width = any_split.images.shape[1:3]
+    splits = {name: part for name, part in splits.items() if name in names}
+    facts = {}
     for name, part in splits.items():
-        if name in names:
-            chosen[name] = part.first_of_each_class(args.limit_train if name == "train" else args.limit_val)
-            facts[name] = {"images": len(chosen[name].labels), "digest": chosen[name].digest()}
-    record = {"class_names": list(class_names), "mean": list(mean), "std": list(std), "splits": facts}
-    record["stored_size"] = list(splits["val"].images.shape[1:3])
+        limit = args.limit_train if name == "train" else args.limit_val
+        part = splits[name] = part.first_of_each_class(limit)
+        facts[name] = {"images": len(part.labels), "digest": part.digest()}
+    record = {
+        "class_names": list(class_names),
+        "mean": list(mean),
+        "std": list(std),
+        "stored_size": [height, width],
+        "splits": facts,
+    }
 
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
     loaders = {}
-    for name, part in chosen.items():
+    for name, part in splits.items():
         options = training if name == "train" else {}
         loaders[name] = Loader(part, record, args.image_size, torch.device(device), **options)
     return loaders
@@ -165,14 +172,15 @@ def _divide(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str
     """The splits by name, and the names of the classes, after --classes and --val_split. Nothing is copied without."""
     splits = {"train": images.train, "test": images.test}
     splits = {name: part for name, part in splits.items() if part is not None}
-    class_names = images.class_names[: args.classes]
-    if args.classes is not None and args.classes > len(class_names):
-        raise UserError(f"--classes {args.classes}: {args.data_type} has {len(class_names)} classes")
-    if len(class_names) < len(images.class_names):
-        splits = {name: part.select(part.labels < args.classes) for name, part in splits.items()}
+    class_names, num = images.class_names, args.classes
+    if num is not None and num > len(class_names):
+        raise UserError(f"--classes {num}: {args.data_type} has {len(class_names)} classes")
+    if num is not None and num < len(class_names):
+        class_names = class_names[:num]
+        splits = {name: part.select(part.labels < num) for name, part in splits.items()}
     if args.val_split is None:
         splits["val"] = splits.pop("test")
-    else:
+    elif "train" in splits:
         train = splits["train"]
         held_out = hold_out(train.labels, args.val_split, args.seed)
         splits |= {"train": train.select(~held_out), "val": train.select(held_out)}
@@ -206,8 +214,12 @@ def _class_differences(before: list[str], now: list[str]) -> str:
     new = [name for name in now if name not in before]
     if not missing and not new:
         return "" if before == now else "their order"
-    parts = [("missing", missing), ("new", new)]
-    return "; ".join(f"{what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for what, names in parts if names)
+    changes = []
+    if missing:
+        changes.append(f"missing: {first_names(missing)}")
+    if new:
+        changes.append(f"new: {first_names(new)}")
+    return "; ".join(changes)
 
 
 def build_transform(args: Namespace, num_classes: int) -> Callable | None:
@@ -241,5 +253,6 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         num = max(1, round(fraction * len(rows)))
         if num >= len(rows):
             raise UserError(f"--val_split {fraction} leaves no image to train on of class {label} ({len(rows)} images)")
-        held_out[rows[torch.randperm(len(rows), generator=random)[:num].numpy()]] = True
+        order = torch.randperm(len(rows), generator=random)
+        held_out[rows[order[:num].numpy()]] = True
     return held_out

@@ -5,16 +5,18 @@ are the same on every device and processes can slice them; `apply` does the pixe
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
 
 ATTEMPTS = 10  # tries for a box that fits, then the central crop: torchvision's RandomResizedCrop
 SCALE = (0.08, 1.0)  # fraction of the image's area in a box, uniform; torchvision's default, as the script
 RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform; the same
 
 
-def draw_crops(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+def draw_crops(num: int, height: int, width: int, generator: Generator) -> Tensor:
     """(num, 3) int64 rows of top, left, flip: top and left in 0..2p within the image padded by p = height // 8 (4 at
     32 px, as the script), flip with probability 1/2."""
     padding = height // 8
@@ -23,7 +25,7 @@ def draw_crops(num: int, height: int, width: int, generator: torch.Generator) ->
     return torch.cat([offsets, flip], dim=1)
 
 
-def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
+def crop(images: Tensor, draws: Tensor, size: int) -> Tensor:
     """images (N, S, S, 3) uint8 -> (N, S, S, 3) uint8: zero-padded by S // 8, cropped to S, flipped.
 
     The same pixels as torchvision's RandomCrop(S, padding=S // 8) and RandomHorizontalFlip.
@@ -36,16 +38,23 @@ def crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
     rows = top + position
     columns = left + torch.where(flip.bool(), mirrored, position)
     image = torch.arange(len(images), device=images.device)
-    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # (N, S, S) positions in `padded`
+    image = image[:, None, None]
+    rows = rows[:, :, None]
+    columns = columns[:, None, :]
+    return padded[image, rows, columns]
 
 
-def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+def draw_boxes(num: int, height: int, width: int, generator: Generator) -> Tensor:
     """(num, 5) int64 rows of top, left, box height, box width, flip, by RandomResizedCrop's rule: the first of ten
     boxes that fits the image; where none fits, the largest central box of a ratio within bounds."""
     # ten boxes per image: area uniform, ratio log-uniform; (num, ATTEMPTS) each
-    area, ratio = torch.rand(2, num, ATTEMPTS, generator=generator, dtype=torch.float64)
-    area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * area)
-    log_ratio = math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float64)
+    area, ratio = uniform(2, num, ATTEMPTS)
+    low, high = SCALE
+    area = height * width * (low + (high - low) * area)
+    low, high = RATIO
+    log_ratio = math.log(low) + math.log(high / low) * ratio
     ratio = torch.exp(log_ratio)
     box_height = (area / ratio).sqrt().round()
     box_width = (area * ratio).sqrt().round()
@@ -55,14 +64,17 @@ def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) ->
     fits_width = (box_width > 0) & (box_width <= width)
     fits = fits_height & fits_width
     first = fits.byte().argmax(dim=1, keepdim=True)
-    size = torch.cat([box_height.gather(1, first), box_width.gather(1, first)], dim=1)
+    box_height = box_height.gather(1, first)
+    box_width = box_width.gather(1, first)
+    size = torch.cat([box_height, box_width], dim=1)
     image_size = torch.tensor([height, width])
     margin = image_size - size
-    corner = (torch.rand(num, 2, generator=generator, dtype=torch.float64) * (margin + 1)).floor()
+    corner = uniform(num, 2) * (margin + 1)
+    corner = corner.floor()
 
     # or the largest central box
-    central_height = min(height, round(width / RATIO[0]))
-    central_width = min(width, round(height * RATIO[1]))
+    central_height = min(height, round(width / low))
+    central_width = min(width, round(height * high))
     central_size = torch.tensor([central_height, central_width])
     central_corner = (image_size - central_size) // 2
 
@@ -74,7 +86,7 @@ def draw_boxes(num: int, height: int, width: int, generator: torch.Generator) ->
     return torch.cat([boxes, flip], dim=1)
 
 
-def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
+def resized_crop(images: Tensor, draws: Tensor, size: int) -> Tensor:
     """images (N, H, W, 3) uint8 -> (N, S, S, 3) float32 in 0..255: boxes resized to S, and flipped.
 
     Antialiased bilinear as torchvision's resized_crop, less its rounding to integer levels. Resizing is
@@ -86,13 +98,15 @@ def resized_crop(images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.
     with torch.autocast(images.device.type, enabled=False):
         vertical = _resize_weights(top, box_height, torch.zeros_like(flip), size, height)
         horizontal = _resize_weights(left, box_width, flip, size, width)
-        rows = vertical @ images.float().view(num, height, width * channels)
+        pixels = images.float().view(num, height, width * channels)
+        rows = vertical @ pixels
         rows = rows.view(num, size, width, channels).transpose(1, 2)
-        columns = horizontal @ rows.reshape(num, width, size * channels)
+        rows = rows.reshape(num, width, size * channels)
+        columns = horizontal @ rows
         return columns.view(num, size, size, channels).transpose(1, 2)
 
 
-def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor:
+def _resize_weights(start, length, flip, size: int, source: int) -> Tensor:
     """(N, size, source) float32, rows adding up to 1: output pixel i of image n as a mean of its source pixels
     start[n] .. start[n] + length[n] - 1, in reverse where flip[n].
 
@@ -103,11 +117,13 @@ def _resize_weights(start, length, flip, size: int, source: int) -> torch.Tensor
     length = length.float()[:, None, None]
     flip = flip.bool()[:, None, None]
     step = length / size
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    output = torch.arange(size, device=start.device)[:, None]
+    centre = (output + 0.5) * step
     centre = start + torch.where(flip, length - centre, centre)
     position = torch.arange(source, device=start.device) + 0.5
     distance = (position - centre).abs()
-    weights = (1 - distance / step.clamp(min=1)).clamp(min=0)
+    half_width = step.clamp(min=1)
+    weights = (1 - distance / half_width).clamp(min=0)
     is_inside = (position > start) & (position < start + length)
     weights = weights * is_inside
     return weights / weights.sum(dim=2, keepdim=True)

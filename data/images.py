@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from utils import distributed
@@ -40,6 +39,7 @@ UPRIGHT = {
 }
 
 Size = tuple[int, int]  # height, width in pixels
+Arrays = dict[str, np.ndarray]  # of each split, by its name: (M, H, W, 3) uint8, RGB
 
 
 class ReadOptions(NamedTuple):
@@ -57,7 +57,7 @@ class ReadOptions(NamedTuple):
         return self.size or own_size or (self.image_size, self.image_size)
 
 
-def list_images(folder: Path) -> tuple[list[str], list[str]]:
+def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The image files in a folder and below it, sorted by folder, then name; and the other files, hidden ones and
     those whose suffix is not an image's."""
     images, others = [], []
@@ -70,12 +70,12 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
     return images, others
 
 
-def note_skipped(folder: Path, others: list[str]) -> None:
+def note_skipped(folder: str | Path, others: list[str]) -> None:
     """One line on standard error that counts the files which `list_images` left out."""
     if others:
-        files = "1 file" if len(others) == 1 else f"{len(others)} files"
+        files = "file" if len(others) == 1 else "files"
         first = os.path.relpath(others[0], folder)
-        _print_note(f"skipped {files} in {folder}, hidden or without the suffix of an image: {first}")
+        _print_note(f"skipped {len(others)} hidden or foreign {files} in {folder}, the first of them {first}")
 
 
 @cache  # a process may read a data set more than once
@@ -115,7 +115,10 @@ def _fit(image: Image.Image, size: Size) -> Image.Image:
     height, width = size
     covering_height = max(height, width * image.height // image.width)
     covering_width = max(width, height * image.width // image.height)
-    return center_crop(resize(image, [covering_height, covering_width]), [height, width])
+    image = image.resize((covering_width, covering_height), Image.Resampling.BILINEAR)
+    top = round((covering_height - height) / 2)
+    left = round((covering_width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 @contextlib.contextmanager
@@ -131,6 +134,8 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a JPEG, PNG or WebP image") from None
     except Exception as e:  # each file format has exceptions of its own
+        if getattr(e, "strerror", None):  # the system's, of the file itself
+            raise UserError(f"{path} cannot be read ({e.strerror})") from None
         raise UserError(f"{path} is not an intact JPEG, PNG or WebP image ({first_line(e)})") from None
 
 
@@ -154,7 +159,7 @@ def _read_size(path: str) -> Size | None:
         return None
 
 
-def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions) -> dict[str, np.ndarray]:
+def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions) -> Arrays:
     """The images of each split's files, (M, H, W, 3) uint8, all of one size, from the cache in `folder`, or decoded and
     then cached there.
 
@@ -168,11 +173,7 @@ def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions
     images = _read_cache(cache_file, splits, keys, options)
     if images is None:
         own_size = _common_size([file for files in splits.values() for file in files], options.workers)
-        size = options.stored_size(own_size)
-        try:
-            images = _decode_splits(splits, size, options.workers)
-        except MemoryError:
-            raise _too_large(sum(map(len, splits.values())), size, own_size) from None
+        images = _decode_splits(splits, own_size, options)
         if not options.read_only:
             _write_cache(cache_file, keys, images, own_size)
     return images
@@ -186,23 +187,27 @@ def _key(folder: Path, files: list[str]) -> str:
     return hashlib.sha256(repr((VERSION, facts)).encode()).hexdigest()
 
 
-def _read_cache(path: Path, splits: dict, keys: dict[str, str], options: ReadOptions) -> dict[str, np.ndarray] | None:
+def _read_cache(path: Path, splits: dict, keys: dict[str, str], options: ReadOptions) -> Arrays | None:
     """The arrays of the splits with these keys; None where they are missing, damaged, or have another size than
     decoding would give them."""
+    images = {}
     # Missing, or damaged, for which every part of the format has an exception of its own: made again.
     with contextlib.suppress(Exception), np.load(path) as arrays:
-        if any(str(arrays[f"{name}_key"]) != key for name, key in keys.items()):
-            return None
-        size = options.stored_size(tuple(arrays["own_size"].tolist()))
-        images = {name: arrays[name] for name in keys}
-        # The zip's checksum has been verified if the array was read to its end.
-        if all(part.shape == (len(splits[name]), *size, 3) for name, part in images.items()):
-            return images
-    return None
+        own_size = tuple(arrays["own_size"].tolist())
+        size = options.stored_size(own_size)
+        for name, files in splits.items():
+            if str(arrays[f"{name}_key"]) != keys[name]:
+                continue
+            pixels = arrays[name]
+            if pixels.shape == (len(files), *size, 3):  # read to its end, so that the zip's checksum was verified
+                images[name] = pixels
+    return images if images.keys() == splits.keys() else None
 
 
-def _write_cache(path: Path, keys: dict[str, str], images: dict[str, np.ndarray], own_size: Size | None) -> None:
-    arrays = {**images, **{f"{name}_key": key for name, key in keys.items()}, "own_size": own_size or ()}
+def _write_cache(path: Path, keys: dict[str, str], images: Arrays, own_size: Size | None) -> None:
+    arrays = {**images, "own_size": own_size or ()}
+    for name, key in keys.items():
+        arrays[f"{name}_key"] = key
     megabytes = sum(part.nbytes for part in images.values()) / 1e6
     if distributed.is_local_main():
         print(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files", flush=True)
@@ -212,33 +217,45 @@ def _write_cache(path: Path, keys: dict[str, str], images: dict[str, np.ndarray]
         _print_note(f"{path} cannot be written: every start decodes the images again")
 
 
-def _decode_splits(splits: dict[str, list[str]], size: Size, workers: int) -> dict[str, np.ndarray]:
-    """Raises UserError, which names the first ten files that are not images."""
+def _decode_splits(splits: dict[str, list[str]], own_size: Size | None, options: ReadOptions) -> Arrays:
+    """Raises UserError, which names the first ten files that are not images, or says what does not fit into memory."""
+    size = options.stored_size(own_size)
     images, errors = {}, []
-    for name, files in splits.items():
-        images[name], found = _decode(files, size, workers)
-        errors += found
+    try:
+        for name, files in splits.items():
+            images[name], found = _decode(files, size, options.workers)
+            errors += found
+    except MemoryError:
+        num = sum(len(files) for files in splits.values())
+        raise _too_large(num, size, size == own_size) from None
     if errors:
+        named = "; ".join(errors[:10])
         more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise UserError("; ".join(errors[:10]) + more)
+        raise UserError(named + more)
     return images
 
 
-def _too_large(num: int, size: Size, own_size: Size | None) -> UserError:
-    gigabytes = num * size[0] * size[1] * 3 / 1e9
-    what = f"{num} images of {size[0]} x {size[1]} pixels ({gigabytes:.3g} GB) do not fit into memory"
-    remedy = "use fewer image files" + (", smaller ones" if size == own_size else ", a lower --image_size")
-    return UserError(f"{what}: {remedy}, or fewer --workers, which decode one each")
+def _too_large(num: int, size: Size, is_own_size: bool) -> UserError:
+    height, width = size
+    gigabytes = num * height * width * 3 / 1e9
+    what = f"{num} images of {height} x {width} pixels ({gigabytes:.3g} GB) do not fit into memory"
+    remedy = "use fewer or smaller image files" if is_own_size else "use fewer image files, a lower --image_size"
+    return UserError(f"{what}: {remedy}, or fewer --workers, each of which decodes one at a time")
 
 
 def _common_size(files: list[str], workers: int) -> Size | None:
     """The size that all images have; None where they have several, or one too large to be kept."""
-    common = None
-    with _in_threads(_read_size, files, workers) as sizes:
-        for size in sizes:
-            common = common or size
-            if size not in (None, common):
+
+    def sizes(rows: range) -> set[Size]:
+        return {_read_size(files[row]) for row in rows} - {None}
+
+    found = set()
+    with _in_threads(sizes, len(files), workers) as results:
+        for _, some in results:
+            found |= some
+            if len(found) > 1:
                 return None
+    common = found.pop() if found else None
     return common if common and max(common) <= LARGEST else None
 
 
@@ -246,20 +263,30 @@ def _decode(files: list[str], size: Size, workers: int) -> tuple[np.ndarray, lis
     """(len(files), *size, 3) uint8, RGB; and a line for each file that is not an image."""
     images = np.empty((len(files), *size, 3), dtype=np.uint8)
 
-    def decode(row: int) -> str | None:
-        try:
-            images[row] = read_image(files[row], size)
-        except UserError as e:
-            return str(e)
+    def decode(rows: range) -> list[str]:
+        errors = []
+        for row in rows:
+            try:
+                images[row] = read_image(files[row], size)
+            except UserError as e:
+                errors.append(str(e))
+        return errors
 
-    with _in_threads(decode, range(len(files)), workers) as results:
-        progress = tqdm(results, "decoding", len(files), unit="img", leave=False, disable=None)
-        return images, [error for error in progress if error]
+    errors = []
+    bar = tqdm(desc="decoding", total=len(files), unit="img", leave=False, disable=None)
+    with bar, _in_threads(decode, len(files), workers) as results:
+        for rows, some in results:
+            errors += some
+            bar.update(len(rows))
+    return images, errors
 
 
 @contextlib.contextmanager
-def _in_threads(function: Callable, items, workers: int) -> Iterator[Iterator]:
-    """Gives the results of function(item) in order; threads share memory and import nothing."""
+def _in_threads(function: Callable, num: int, workers: int) -> Iterator[Iterator[tuple]]:
+    """Gives (rows, function(rows)) for parts of the rows 0 .. num - 1, in order. Threads share memory and import
+    nothing."""
+    step = min(32, 1 + num // (8 * max(1, workers)))  # a task per file would take more memory than small images
+    parts = [range(num)[start : start + step] for start in range(0, num, step)]
     # Closing the results cancels what has not begun, after an error or a signal.
-    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(function, items)) as results:
-        yield results
+    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(function, parts)) as results:
+        yield zip(parts, results, strict=True)

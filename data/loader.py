@@ -14,8 +14,8 @@ from utils.errors import UserError
 # Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
 # for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
 CHUNK_PIXELS = 16 * 128 * 32 * 32
-# Pixels in an evaluation batch: 512 or 2,048 images of 32 x 32. The size decides speed and memory only.
-EVALUATION_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 2048 * 32 * 32}
+# Pixels in an evaluation batch: 512 images of 32 x 32, which need less memory than a training step of 128 images does.
+EVALUATION_PIXELS = 512 * 32 * 32
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -56,7 +56,9 @@ class Loader:
         self.images = images.to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.record = record
-        self.class_names, self.mean, self.std = (record[name] for name in ("class_names", "mean", "std"))
+        self.class_names = record["class_names"]
+        self.mean = record["mean"]
+        self.std = record["std"]
         self.num_classes = len(self.class_names)
         self.num_samples = len(images)
         self.image_size = image_size
@@ -65,10 +67,12 @@ class Loader:
         self.epoch = 0
         self.chunk_pixels = 0 if self.images.device.type == "cpu" else CHUNK_PIXELS
         # (x / 255 - mean) / std as one multiplication and one addition
-        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+        mean = torch.tensor(self.mean, device=device)
+        std = torch.tensor(self.std, device=device)
+        self.scale = 1 / (255 * std)
+        self.shift = -mean / std
         if augmentation is None:
-            self.batch_size = max(1, EVALUATION_PIXELS[device.type] // image_size**2)
+            self.batch_size = max(1, EVALUATION_PIXELS // image_size**2)
         else:
             self.batch_size = batch_size
             last = self.num_samples % batch_size or batch_size
@@ -90,20 +94,23 @@ class Loader:
     def _plan(self) -> list[torch.Tensor]:
         """This process's shard of each batch, (N, 1 + C) int64: rows, and the random numbers of augmentation."""
         if self.augmentation is None:
-            rows = torch.arange(self.num_samples)[distributed.shard(self.num_samples), None]
+            shard = distributed.shard(self.num_samples)
+            rows = torch.arange(shard.start, shard.stop)[:, None]
             return list(rows.split(self.batch_size))
         draw, _ = augment.KINDS[self.augmentation]
         random = generator(self.seed, f"epoch {self.epoch}")
         order = torch.randperm(self.num_samples, generator=random)
-        draws = draw(self.num_samples, *self.images.shape[1:3], random)
-        batches = torch.cat([order[:, None], draws], dim=1).split(self.batch_size)
-        return [batch[distributed.shard(len(batch))] for batch in batches]
+        height, width = self.images.shape[1:3]
+        draws = draw(self.num_samples, height, width, random)
+        rows = torch.cat([order[:, None], draws], dim=1)
+        return [batch[distributed.shard(len(batch))] for batch in rows.split(self.batch_size)]
 
     def _chunks(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """The rows of `_plan` on the device, as many batches at a time as are augmented at once, and their sizes."""
         batches = self._plan()
         plan = torch.cat(batches).to(self.images.device)  # the one copy of the epoch
-        num_batches = max(1, self.chunk_pixels // (self.batch_size * self.image_size**2))
+        batch_pixels = self.batch_size * self.image_size**2
+        num_batches = max(1, self.chunk_pixels // batch_pixels)
         start = 0
         for first in range(0, len(batches), num_batches):
             sizes = [len(batch) for batch in batches[first : first + num_batches]]
@@ -119,24 +126,28 @@ class Loader:
                 _, apply = augment.KINDS[self.augmentation]
                 images = apply(images, chunk[:, 1:], self.image_size)
             # NHWC in memory, seen as NCHW: that is channels_last
-            images = (images.contiguous() * self.scale + self.shift).permute(0, 3, 1, 2)
+            images = images.contiguous() * self.scale + self.shift
+            images = images.permute(0, 3, 1, 2)
             labels = self.labels[index]
             yield from zip(images.split(sizes), labels.split(sizes), index.split(sizes), strict=True)
 
-    def pictures(self, index: torch.Tensor) -> torch.Tensor:
+    def raw_images(self, index: torch.Tensor) -> torch.Tensor:
         """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""
         images = self.images[index.to(self.images.device)].cpu()
         return resize(images, self.image_size).permute(0, 3, 1, 2)
 
     def denormalise(self, images: torch.Tensor) -> torch.Tensor:
         """images (N, 3, S, S) as iteration yields them -> (N, 3, S, S) uint8 on the CPU."""
-        levels = (images.float().permute(0, 2, 3, 1) - self.shift) / self.scale
-        return levels.round().clamp(0, 255).byte().permute(0, 3, 1, 2).cpu()
+        levels = images.float().permute(0, 2, 3, 1)
+        levels = (levels - self.shift) / self.scale
+        levels = levels.round().clamp(0, 255).byte()
+        return levels.permute(0, 3, 1, 2).cpu()
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """images (M, H, W, 3) uint8 on the CPU -> (M, S, S, 3) uint8, antialiased bilinear."""
     if images.shape[1:3] == (size, size):
         return images
-    images = F.interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+    images = images.permute(0, 3, 1, 2)
+    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return images.permute(0, 2, 3, 1).contiguous()

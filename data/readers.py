@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from data.images import ReadOptions, list_images, load_images, note_skipped
-from utils.errors import UserError, first_line
+from data.images import CACHE, ReadOptions, list_images, load_images, note_skipped
+from utils.errors import UserError, first_line, first_names
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 CIFAR_SIZES = (50_000, 10_000)  # training and test images of both
-Samples = list[tuple[str, int]]  # files and their labels
 
 
 class Split(NamedTuple):
@@ -46,7 +43,8 @@ class Split(NamedTuple):
         for label in np.unique(self.labels):
             of_class = self.labels == label
             rank_in_class[of_class] = np.arange(of_class.sum())
-        return self.select(np.sort(np.lexsort((self.labels, rank_in_class))[:limit]))
+        order = np.lexsort((self.labels, rank_in_class))  # by rank, then label
+        return self.select(np.sort(order[:limit]))
 
     def digest(self) -> str:
         """Of sizes, pixels, labels and their order: 32 hexadecimal digits. A gigabyte of pixels takes a second."""
@@ -54,6 +52,13 @@ class Split(NamedTuple):
         digest.update(self.labels.astype("<i8"))
         digest.update(np.ascontiguousarray(self.images))
         return digest.hexdigest()
+
+
+class Samples(NamedTuple):
+    """Image files and their labels."""
+
+    files: list[str]
+    labels: list[int]
 
 
 class Images(NamedTuple):
@@ -65,39 +70,53 @@ class Images(NamedTuple):
     class_names: list[str]
 
 
-def read_cifar(kind: type[CIFAR10], root: Path, options: ReadOptions) -> Images:
+def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test images (M, 32, 32, 3), from torchvision's files or, where
     those are missing, from folders of classes, whose sorted names are its label order; else downloaded.
+
+    name: "CIFAR10" or "CIFAR100", as torchvision calls them.
 
     Raises:
         UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
     """
+    from torchvision import datasets  # here: importing it takes as long as PyTorch, and --help does not need it
+
+    kind = getattr(datasets, name)
     folder, archive = root / kind.base_folder, root / kind.filename
-    if not folder.is_dir() and ((root / "train").is_dir() or (root / "test").is_dir()):
+    has_folders = (root / "train").is_dir() or (root / "test").is_dir()
+    if has_folders and not folder.is_dir():
         images = read_folder(root, options)
-        _check_is_cifar(kind, root, images)
+        _check_is_cifar(name, root, images)
         return images
     checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
     checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
     splits = {}
+    names = ("train", "test") if options.train else ("test",)
     with _fetching(archive, checksums, options.read_only):
-        for name in ("train", "test") if options.train else ("test",):
-            part = kind(root, train=name == "train", download=not options.read_only)
-            splits[name] = Split(np.ascontiguousarray(part.data), np.array(part.targets))
+        for split in names:
+            part = kind(root, train=split == "train", download=not options.read_only)
+            pixels = np.ascontiguousarray(part.data)
+            labels = np.array(part.targets)
+            splits[split] = Split(pixels, labels)
     return Images(splits.get("train"), splits["test"], part.classes)
 
 
-def _check_is_cifar(kind: type[CIFAR10], root: Path, images: Images) -> None:
+def _check_is_cifar(name: str, root: Path, images: Images) -> None:
     """Raises UserError where a folder of classes is not this data set; a test split alone may be another one of its
     classes."""
-    found, expected = [len(images.class_names)], [100 if kind is CIFAR100 else 10]
+    num_classes = {"CIFAR10": 10, "CIFAR100": 100}[name]
+    facts = [("classes", len(images.class_names), num_classes)]
     if images.train is not None:
-        num_test = 0 if images.test is None else len(images.test.labels)
-        found += [len(images.train.labels), num_test, *images.train.images.shape[1:3]]
-        expected += [*CIFAR_SIZES, 32, 32]
-    if found != expected:
-        text = f"{root} is not {kind.__name__}: its classes, training images, test images, height and width are"
-        raise UserError(f"{text} {found}, not {expected}; use --data_type folder")
+        num_train, num_test = CIFAR_SIZES
+        height, width = images.train.images.shape[1:3]
+        found_test = 0 if images.test is None else len(images.test.labels)
+        facts.append(("training images", len(images.train.labels), num_train))
+        facts.append(("test images", found_test, num_test))
+        facts.append(("rows of pixels per image", height, 32))
+        facts.append(("columns of pixels per image", width, 32))
+    for what, found, expected in facts:
+        if found != expected:
+            raise UserError(f"{root} is not {name}, for it has {found} {what}, not {expected}; use --data_type folder")
 
 
 def read_folder(root: Path, options: ReadOptions) -> Images:
@@ -123,26 +142,28 @@ def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
     """The folders of the splits that are to be read, by name: `train`, `test`."""
     if not root.is_dir():
         raise UserError(f"{root} is not a directory")
-    tests = [folder for folder in (root / "test", root / "val") if folder.is_dir()][:1]
-    if not tests and options.needs_test:
+    test = root / "test" if (root / "test").is_dir() else root / "val"
+    if not test.is_dir():
+        test = None
+    if test is None and options.needs_test:
         remedy = ", or give --val_split to hold out a part of the training images" if options.train else ""
         raise UserError(f"{root} has no folder test/ or val/: add one{remedy}")
-    folders = dict.fromkeys(["test"], *tests) if tests else {}
-    if not options.train:
-        return folders
-    if (root / "train").is_dir():
-        return {"train": root / "train", **folders}
-    if tests:
-        raise UserError(f"{root} has a folder {tests[0].name}/ but none of the name train/")
-    return {"train": root}
+    train = root / "train" if options.train else None
+    if train is not None and not train.is_dir():
+        if test is not None and not options.read_only:
+            raise UserError(f"{root} has a folder {test.name}/ but none of the name train/")
+        # one folder of classes; or a test set by itself, for --val_only
+        train = root if test is None else None
+    folders = {"train": train, "test": test}
+    return {name: folder for name, folder in folders.items() if folder is not None}
 
 
 def _check_same_classes(folders: dict[str, Path], classes: dict[str, list[str]]) -> None:
     """Raises UserError, which names the classes that a split lacks, and the split."""
     for here, there in (("train", "test"), ("test", "train")):
-        missing = sorted(set(classes[here]) - set(classes[there]))
+        missing = [name for name in classes[here] if name not in classes[there]]
         if missing:
-            names = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+            names = first_names(missing)
             raise UserError(f"{folders[there]} lacks classes that {folders[here]} has: {names}")
 
 
@@ -161,25 +182,31 @@ def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
         UserError: files that are missing, damaged or unexpected.
     """
     name = "tiny-imagenet-200"
-    folder = root if root.name == name or (root / "wnids.txt").exists() else root / name
+    is_folder = root.name == name or (root / "wnids.txt").exists()
+    folder = root if is_folder else root / name
     archive = folder.with_name(f"{name}.zip")
     if not folder.is_dir():
         with _fetching(archive, {archive: TINY_IMAGENET_MD5}, options.read_only):
             if options.read_only:
                 raise FileNotFoundError
+            from torchvision.datasets.utils import download_url, extract_archive
+
             download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
                 extract_archive(archive, unpacked)
                 os.rename(Path(unpacked) / name, folder)
 
+    remedy = f"unpack {archive.name} again"
     class_ids, train, others = _list_classes(folder / "train")
     if len(class_ids) != 200:
-        raise UserError(f"{folder / 'train'} has {len(class_ids)} classes, not 200: unpack {archive.name} again")
-    val, skipped = _read_annotations(folder / "val", class_ids, f"unpack {archive.name} again")
+        raise UserError(f"{folder / 'train'} has {len(class_ids)} classes, not 200: {remedy}")
+    val, skipped = _read_annotations(folder / "val", class_ids, remedy)
     others = [file for file in others if not file.endswith("_boxes.txt")]
     note_skipped(folder, others + skipped)
-    samples = {"train": train, "test": val} if options.train else {"test": val}
+    samples = {"test": val}
+    if options.train:
+        samples = {"train": train, "test": val}
     return _load(folder, _read_words(folder / "words.txt", class_ids), samples, options)
 
 
@@ -190,51 +217,63 @@ def _read_annotations(folder: Path, class_ids: list[str], remedy: str) -> tuple[
         UserError: the annotations are damaged, or do not list each image once; names an image.
     """
     annotations = folder / "val_annotations.txt"
+    files, labels = [], []
     try:
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-        samples = [(str(folder / "images" / file), class_ids.index(class_id)) for file, class_id in rows]
+        for line in annotations.read_text().splitlines():
+            file, class_id = line.split("\t")[:2]
+            files.append(str(folder / "images" / file))
+            labels.append(class_ids.index(class_id))
     except (OSError, ValueError) as e:
         raise UserError(f"{annotations} is damaged ({first_line(e)}): {remedy}") from None
-    listed = Counter(file for file, _ in samples)
     images, others = list_images(folder / "images")
-    there = Counter(images)
-    if missing := listed - there:
+    if missing := Counter(files) - Counter(images):
         number = f" (one of {len(missing)})" if len(missing) > 1 else ""
         raise UserError(f"{min(missing)} is missing{number}, or listed twice in {annotations}: {remedy}")
-    if unlisted := there - listed:
+    if unlisted := Counter(images) - Counter(files):
         raise UserError(f"{min(unlisted)} is not listed in {annotations}: {remedy}")
-    return samples, others
+    return Samples(files, labels), others
 
 
 def _read_words(path: Path, class_ids: list[str]) -> list[str]:
     """The first name of each class in `words.txt`; its id where there is none."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    return [names.get(class_id, class_id).split(",")[0] for class_id in class_ids]
+    names = {class_id: class_id for class_id in class_ids}
+    content = path.read_text(errors="replace") if path.exists() else ""
+    for line in content.splitlines():
+        class_id, _, words = line.partition("\t")
+        first_name = words.split(",")[0]
+        if class_id in names and first_name:
+            names[class_id] = first_name
+    return list(names.values())
 
 
 def _list_classes(folder: Path) -> tuple[list[str], Samples, list[str]]:
-    """The classes, subfolders of `folder`, and the images in them, both sorted by name; and the files left out."""
+    """The classes, subfolders of `folder`, and the images in them, both sorted by name; and all files left out."""
     try:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        entries = list(os.scandir(folder))
     except OSError as e:
         raise UserError(f"{folder} cannot be read ({e.strerror})") from None
-    samples, others = [], []
+    others = sorted(entry.path for entry in entries if entry.is_file() and entry.name != CACHE)
+    classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} holds no folder of images: it must be {folder}/<class>/<image>")
+    samples = Samples([], [])
     for label, name in enumerate(classes):
         images, skipped = list_images(folder / name)
         if not images:
             raise UserError(f"{folder / name} holds no image")
-        samples += [(image, label) for image in images]
+        samples.files.extend(images)
+        samples.labels.extend([label] * len(images))
         others += skipped
-    if not classes:
-        raise UserError(f"{folder} holds no folder of images: it must be {folder}/<class>/<image>")
     return classes, samples, others
 
 
 def _load(folder: Path, class_names: list[str], samples: dict[str, Samples], options: ReadOptions) -> Images:
-    files = {name: [file for file, _ in part] for name, part in samples.items()}
+    files = {name: part.files for name, part in samples.items()}
     images = load_images(folder, files, options)
-    splits = {name: Split(images[name], np.array([label for _, label in part])) for name, part in samples.items()}
+    splits = {}
+    for name, part in samples.items():
+        labels = np.array(part.labels)
+        splits[name] = Split(images[name], labels)
     return Images(splits.get("train"), splits.get("test"), class_names)
 
 
@@ -251,7 +290,10 @@ def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Ite
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except Exception as e:
-        damaged = [str(path) for path, md5 in checksums.items() if path.exists() and not check_integrity(path, md5)]
+        from torchvision.datasets.utils import check_integrity
+
+        found = {path: md5 for path, md5 in checksums.items() if path.exists()}
+        damaged = [str(path) for path, md5 in found.items() if not check_integrity(path, md5)]
         problem = f"{folder} lacks files of the data set"
         if damaged:
             problem = f"the checksum of {', '.join(damaged)} is wrong"

@@ -26,7 +26,9 @@ def read(root: Path, options: ReadOptions) -> Images:
 def _draw_splits(train_per_class: int, test_per_class: int) -> Images:
     random = np.random.RandomState(0)  # its stream, unlike Generator's, is the same in every version of numpy
     names = [f"hue {hue}, width {width}" for hue in range(HUES) for width in range(WIDTHS)]
-    train, test = (_draw(np.repeat(np.arange(len(names)), n), random) for n in (train_per_class, test_per_class))
+    labels = np.arange(len(names))
+    train = _draw(np.repeat(labels, train_per_class), random)
+    test = _draw(np.repeat(labels, test_per_class), random)
     return Images(train, test, names)
 
 
@@ -38,12 +40,23 @@ def _draw(labels: np.ndarray, random: np.random.RandomState) -> Split:
         return random.uniform(low, high, (num, 1, 1, channels)).astype(np.float32)
 
     hue, width = np.divmod(labels[:, None, None, None], WIDTHS)
+
+    # rings around a centre that may lie anywhere in the middle half
     grid = np.arange(SIZE, dtype=np.float32)
-    distance = np.hypot(grid[None, :, None, None] - uniform(8, 24), grid[None, None, :, None] - uniform(8, 24))
-    wavelength = 3 * 1.2 ** (width + uniform(-0.3, 0.3))  # pixels, 3 to 16
-    rings = 0.5 + 0.5 * np.cos(2 * np.pi * distance / wavelength + uniform(0, 2 * np.pi))
-    angle = 2 * np.pi * ((hue + uniform(-0.3, 0.3)) / HUES + np.arange(3) / 3)
+    rows = grid[None, :, None, None] - uniform(8, 24)
+    columns = grid[None, None, :, None] - uniform(8, 24)
+    distance = np.hypot(rows, columns)
+    ring_width = width + uniform(-0.3, 0.3)
+    wavelength = 3 * 1.2**ring_width  # pixels, 3 to 16
+    phase = uniform(0, 2 * np.pi)
+    rings = 0.5 + 0.5 * np.cos(2 * np.pi * distance / wavelength + phase)
+
+    # in the class's colour, on a background of any colour, with noise
+    turn = (hue + uniform(-0.3, 0.3)) / HUES
+    angle = 2 * np.pi * (turn + np.arange(3) / 3)
     colour = 0.5 + 0.4 * np.cos(angle)
-    pixels = rings * colour + (1 - rings) * uniform(0.1, 0.9, 3)
-    pixels += 0.1 * random.standard_normal(pixels.shape).astype(np.float32)
-    return Split(np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8), labels)
+    background = uniform(0.1, 0.9, 3)
+    pixels = rings * colour + (1 - rings) * background
+    noise = random.standard_normal(pixels.shape).astype(np.float32)
+    levels = np.rint(255 * (pixels + 0.1 * noise))
+    return Split(np.clip(levels, 0, 255).astype(np.uint8), labels)

@@ -17,7 +17,7 @@ class ProgressiveTargets(Term):
 
     Where batches are mixed (MixUp, CutMix), the memory holds the prediction for the mixed view, in the row of the
     batch's own image: what the published script would record, and what is recorded of any other augmented view.
-    Predictions for unmixed views would cost a second forward.
+    Predictions for unmixed views would cost a second forward. A step that fp16 skips is recorded like any other.
 
     The memory is one buffer, (M, K) in the split's order, 4 M K bytes on the training device: 20 MB for CIFAR-100,
     80 MB for Tiny-ImageNet, 5.1 GB for ImageNet. One suffices, because an image is seen once per epoch and its row is

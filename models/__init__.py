@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.exits import AttentionExit, BottleneckExit, MultiExitResNet, Outputs
 from models.load import load_run
@@ -17,7 +16,7 @@ __all__ = ["ALIASES", "MODELS", "Outputs", "add_flags", "build_model", "check_fl
 class Architecture(NamedTuple):
     """What distinguishes the networks; the numbers are those of torchvision's models of the same names."""
 
-    block: type[nn.Module]
+    block: str  # torchvision's class of that name
     depths: tuple[int, int, int, int]  # residual blocks per stage
     exit: type[nn.Module] = AttentionExit  # as the published script: ResNet-18 and -50 differ
     groups: int = 1
@@ -25,15 +24,15 @@ class Architecture(NamedTuple):
 
 
 MODELS = {
-    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2), BottleneckExit),
-    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3), BottleneckExit),
-    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
-    "resnet152": Architecture(Bottleneck, (3, 8, 36, 3)),
-    "wideresnet50": Architecture(Bottleneck, (3, 4, 6, 3), width_per_group=128),
-    "wideresnet101": Architecture(Bottleneck, (3, 4, 23, 3), width_per_group=128),
-    "resnext50_32x4d": Architecture(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
-    "resnext101_32x8d": Architecture(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnet18": Architecture("BasicBlock", (2, 2, 2, 2), BottleneckExit),
+    "resnet34": Architecture("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": Architecture("Bottleneck", (3, 4, 6, 3), BottleneckExit),
+    "resnet101": Architecture("Bottleneck", (3, 4, 23, 3)),
+    "resnet152": Architecture("Bottleneck", (3, 8, 36, 3)),
+    "wideresnet50": Architecture("Bottleneck", (3, 4, 6, 3), width_per_group=128),
+    "wideresnet101": Architecture("Bottleneck", (3, 4, 23, 3), width_per_group=128),
+    "resnext50_32x4d": Architecture("Bottleneck", (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": Architecture("Bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
 }
 # The published script's names of two of them.
 ALIASES = {"ResNetBeMyOwnTeacher18": "resnet18", "ResNetBeMyOwnTeacher50": "resnet50"}
@@ -72,9 +71,13 @@ def build_model(args, num_classes: int) -> MultiExitResNet:
     architecture alone; the complete backbone is initialised before any exit, so that it starts from the same
     weights with and without exits. The global random state is left as it was.
     """
+    from torchvision.models import (
+        resnet,
+    )  # here: importing torchvision takes as long as PyTorch, and --help does not need it
+
     arch = MODELS[args.classifier_type]
     backbone = {
-        "block": arch.block,
+        "block": getattr(resnet, arch.block),
         "depths": arch.depths[: args.num_resnet_blocks],
         "width": args.width,
         "groups": arch.groups,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.resnet import ResNet, init_weights, pool
+from models.resnet import ResNet, init_weights
 
 
 class Outputs(NamedTuple):
@@ -108,8 +108,7 @@ class AttentionExit(nn.Module):
 class MultiExitResNet(ResNet):
     """A backbone with exits on its first B - 1 stages, or with none.
 
-    Images (N, 3, S, S) -> Outputs, in the parameters' precision: pooling and classifiers run outside autocast,
-    because losses, memory and metrics are computed from them. Backbone parameters keep torchvision's names, the
+    Images (N, 3, S, S) -> Outputs, in the parameters' precision. Backbone parameters keep torchvision's names, the
     exits' begin with `exits.`.
 
     Args:
@@ -118,7 +117,7 @@ class MultiExitResNet(ResNet):
         exit_type: the kind of exit, or None for no exits.
 
     `temperatures` (B,), shallow to deep, divide the logits before a confidence is read; None marks an exit whose
-    classifier no loss trains, which never decides. They are 1 until `load_run` sets fitted ones.
+    classifier no loss trains, which never decides. They are 1; `load_run`, and nothing else, sets a run's own.
     """
 
     def __init__(self, backbone: dict, num_classes: int, exit_type: type[nn.Module] | None):
@@ -136,13 +135,9 @@ class MultiExitResNet(ResNet):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        exit_maps = [exit_(m) for exit_, m in zip(self.exits, maps, strict=False)]  # the last map has no exit
-        with torch.autocast(images.device.type, enabled=False):
-            dtype = self.fc.weight.dtype
-            feature = pool(maps[-1], dtype)
-            exit_features = tuple(pool(m, dtype) for m in exit_maps)
-            exit_logits = tuple(e.fc(f) for e, f in zip(self.exits, exit_features, strict=True))
-            return Outputs(self.fc(feature), feature, exit_logits, exit_features)
+        exits = [classify(exit_.fc, exit_(m)) for exit_, m in zip(self.exits, maps, strict=False)]  # the last has none
+        logits, feature = classify(self.fc, x)
+        return Outputs(logits, feature, tuple(z for z, _ in exits), tuple(f for _, f in exits))
 
     @torch.no_grad()
     def predict_early(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -158,7 +153,7 @@ class MultiExitResNet(ResNet):
             logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
             final classifier.
         """
-        exits = self._deciding_exits() if threshold <= 1 else {}
+        exits = self._deciding_exits(self.temperatures) if threshold <= 1 else {}
         logits = images.new_zeros(len(images), self.fc.out_features, dtype=self.fc.weight.dtype)
         decided_by = torch.full((len(images),), self.num_stages, device=images.device)
         remaining = torch.arange(len(images), device=images.device)
@@ -166,29 +161,33 @@ class MultiExitResNet(ResNet):
         for i, stage in enumerate(self.stages, start=1):
             x = stage(x)
             if i in exits:
-                exit_logits = _classify(exits[i].fc, exits[i](x))
+                exit_logits, _ = classify(exits[i].fc, exits[i](x))
                 stop = confidence(exit_logits, self.temperatures[i - 1]) >= threshold
                 logits[remaining[stop]], decided_by[remaining[stop]] = exit_logits[stop], i
                 if stop.all():
                     return logits, decided_by
                 if stop.any():
                     x, remaining = x[~stop], remaining[~stop]
-        logits[remaining] = _classify(self.fc, x)
+        logits[remaining], _ = classify(self.fc, x)
         return logits, decided_by
 
-    def _deciding_exits(self) -> dict[int, nn.Module]:
-        """The exits that a loss trains, by number."""
-        return {i: exit_ for i, exit_ in enumerate(self.exits, start=1) if self.temperatures[i - 1] is not None}
+    def _deciding_exits(self, temperatures: list[float | None]) -> dict[int, nn.Module]:
+        """The exits that have a temperature, by number."""
+        return {i: exit_ for i, exit_ in enumerate(self.exits, start=1) if temperatures[i - 1] is not None}
 
     @torch.no_grad()
-    def multiply_adds(self, image_size: int) -> tuple[list[int], int]:
+    def multiply_adds(self, image_size: int, temperatures: list | None = None) -> tuple[list[int], int]:
         """Multiply-adds of convolutions and linear layers per image of `image_size` pixels, counted while one runs.
 
+        Args:
+            temperatures: (B,), of which None marks the exits that never decide (default: the network's own).
+
         Returns:
-            those of stopping at each exit, shallow to deep, and of going to the end, every trained exit on the way
+            those of stopping at each exit, shallow to deep, and of going to the end, every deciding exit on the way
             included, as predict_early runs; and those of the backbone alone.
         """
-        exits, totals, on_exits = self._deciding_exits(), [], 0
+        exits = self._deciding_exits(temperatures or self.temperatures)
+        totals, on_exits = [], 0
         image = torch.zeros(1, 3, image_size, image_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         training = self.training
         self.eval()
@@ -198,20 +197,22 @@ class MultiExitResNet(ResNet):
                 x = stage(x)
                 if i in exits:
                     before = counter.get_total_flops()
-                    _classify(exits[i].fc, exits[i](x))
+                    classify(exits[i].fc, exits[i](x))
                     on_exits += counter.get_total_flops() - before
                 if i <= len(self.exits):
                     totals.append(counter.get_total_flops() // 2)
-            _classify(self.fc, x)
+            classify(self.fc, x)
             totals.append(counter.get_total_flops() // 2)
         self.train(training)
         return totals, totals[-1] - on_exits // 2
 
 
-def _classify(fc: nn.Linear, feature_map: Tensor) -> Tensor:
-    """A map (N, C, H, W) -> logits (N, K), outside autocast."""
+def classify(fc: nn.Linear, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+    """A map (N, D, h, w) -> logits (N, K) and the feature (N, D), which is its average. Outside autocast, in the
+    precision of `fc`, because losses, memory and metrics are computed from them."""
     with torch.autocast(feature_map.device.type, enabled=False):
-        return fc(pool(feature_map, fc.weight.dtype))
+        feature = feature_map.to(fc.weight.dtype).mean(dim=(2, 3))
+        return fc(feature), feature
 
 
 def confidence(logits: Tensor, temperature: float) -> Tensor:

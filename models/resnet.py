@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import conv1x1, conv3x3
 
 
 def init_weights(module: nn.Module) -> None:
@@ -12,11 +11,6 @@ def init_weights(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-
-def pool(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
-    """Global average of a map (N, C, H, W) -> (N, C), in `dtype`, whatever the map's precision under autocast."""
-    return feature_map.to(dtype).mean(dim=(2, 3))
 
 
 class _SlicedConv1x1(nn.Conv2d):
@@ -35,8 +29,9 @@ class _SlicedConv1x1(nn.Conv2d):
 class ResNet(nn.Module):
     """ResNet / ResNeXt for small images (He et al. 2016; Xie et al. 2017): a 3 x 3 stem of stride 1, no pooling.
 
-    Stage s has `width * 2**(s - 1) * expansion` channels and, from the second on, halves the map. The names of
-    the parameters are torchvision's, so that its `load_state_dict` takes them.
+    Stage s has `width * 2**(s - 1) * expansion` channels and, from the second on, halves the map. The parameters
+    have torchvision's names; those of `conv1` and `fc` have other shapes than its ImageNet networks' (README, "Build on
+    it", loads the rest).
 
     Args:
         block: torchvision's BasicBlock or Bottleneck.
@@ -48,7 +43,7 @@ class ResNet(nn.Module):
 
     def __init__(self, block, depths, num_classes, width, groups, width_per_group):
         super().__init__()
-        self.conv1 = conv3x3(3, width)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.num_stages = len(depths)  # B
@@ -59,10 +54,8 @@ class ResNet(nn.Module):
             out = planes * block.expansion
             downsample = None
             if stride != 1 or channels != out:
-                shortcut = conv1x1(channels, out, stride)
-                if channels < 16 and stride > 1:
-                    shortcut = _SlicedConv1x1(channels, out, 1, stride, bias=False)
-                downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
+                conv = _SlicedConv1x1 if channels < 16 and stride > 1 else nn.Conv2d
+                downsample = nn.Sequential(conv(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
             blocks = [block(channels, planes, stride, downsample, groups, width_per_group)]
             blocks += [block(out, planes, groups=groups, base_width=width_per_group) for _ in range(1, depth)]
             setattr(self, f"layer{s + 1}", nn.Sequential(*blocks))

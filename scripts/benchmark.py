@@ -28,11 +28,12 @@ from data import build_loaders
 from loss import METHODS, build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
+from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
 from utils.distributed import local_device
 from utils.engine import TrainStep, build_optimizer, train_one_epoch
 from utils.flags import number_type
-from utils.machine import machine_facts, set_up_torch
+from utils.machine import environment, set_up_torch
 
 CONFIGS = {  # name -> flags of main.py; the reference and _nchw keep weights and images in NCHW
     "reference": "--precision=fp32",
@@ -62,14 +63,14 @@ class ReferenceImages(Dataset):
         crop = transforms.RandomCrop(loader.image_size, padding=loader.image_size // 8)
         to_tensor = transforms.ToTensor(), transforms.Normalize(loader.mean, loader.std)
         self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
-        self.pictures = list(map(transforms.ToPILImage(), loader.pictures(torch.arange(loader.num_samples))))
+        self.raw_images = list(map(transforms.ToPILImage(), loader.raw_images(torch.arange(loader.num_samples))))
         self.labels = loader.labels.tolist()
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, row: int):
-        return self.transform(self.pictures[row]), self.labels[row], row
+        return self.transform(self.raw_images[row]), self.labels[row], row
 
 
 class ReferenceStep(TrainStep):
@@ -128,7 +129,8 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
         if args.PSKD:
             objective.targets = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
     step_type = ReferenceStep if is_reference else TrainStep
-    step = step_type(model, objective, optimizer, device, args.precision, args.compile)
+    network = CompiledNetwork(model) if args.compile else model
+    step = step_type(network, objective, optimizer, device, args.precision, args.compile)
     if args.cuda_graph:
         step = GraphedStep(step)
     epochs = []
@@ -162,7 +164,7 @@ def measure(name: str, argv: list[str], own: argparse.Namespace) -> None:
     """Append the line of a configuration, with main.py's flags `argv` and this script's `own`."""
     args = main.parse_args(argv)
     timed = time_epochs(argv, own.rounds) if own.epoch else time_steps(name, args, own)
-    line = {"run": own.run, "config": name, **machine_facts(local_device(args.device)), **vars(args), **timed}
+    line = {"run": own.run, "config": name, **environment(local_device(args.device)), **vars(args), **timed}
     with open(own.out, "a") as out:
         out.write(json.dumps(line) + "\n")
 

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from intervals import pair_runs, paired_intervals
 from run_table import ROOT
-from runs import DAMAGED, Run, find_runs, group_runs, path_argument
+from runs import DAMAGED, Run, find_runs, group_runs
 
 from utils import figures
 from utils.errors import UserError, print_error, printable, run_command
+from utils.flags import path_type
 from utils.metrics import confidence_and_error
 
 BASE = "baseline"  # its label; black, solid and thick in all figures
@@ -268,11 +269,9 @@ def plot(paths: list[Path], out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "run directories, directories that hold some, or study files (default: the repository's experiments)"
-    parser.add_argument(
-        "runs", nargs="*", type=path_argument, default=[ROOT / "experiments"], metavar="RUNS", help=text
-    )
+    parser.add_argument("runs", nargs="*", type=path_type, default=[ROOT / "experiments"], metavar="RUNS", help=text)
     text = "(default: %(default)s)"
-    parser.add_argument("--out", type=path_argument, default=Path("figures"), metavar="DIR", help=text)
+    parser.add_argument("--out", type=path_type, default=Path("figures"), metavar="DIR", help=text)
     args = parser.parse_args(argv)
     try:
         plot(args.runs, args.out)

@@ -2,7 +2,7 @@
 
 Prints per image the class, its confidence, which classifier decided, and the multiply-adds that it took as a share of
 the backbone's. Confidence is after each classifier's temperature, fitted where the run had --val_split. A folder
-stands for the images in it and below, without hidden ones. Images are prepared as those that the run was trained on.
+stands for the images in it and below, hidden ones left out. Images are prepared as those that the run was trained on.
 A file that is not an image gives one line, and the others continue.
 """
 
@@ -21,43 +21,48 @@ from data.images import list_images, note_skipped, read_image
 from data.loader import Loader
 from data.readers import Split
 from models import load_run
-from models.exits import confidence
-from utils.errors import UserError, printable
-from utils.flags import number_type
+from models.exits import MultiExitResNet, confidence
+from utils.errors import UserError, print_error, printable, run_command
+from utils.flags import number_type, path_type
 
 BATCH_SIZE = 128
 HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
+    parser.add_argument("images", type=path_type, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
     parser.add_argument("--threshold", type=number_type(float, 0, 10), default=1.01, metavar="T", help=text)
     parser.add_argument("--epoch", choices=("last", "best"), default="last", help="(default: %(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there instead of printing it")
-    args = parser.parse_args(argv)
+    parser.add_argument("--csv", type=path_type, metavar="FILE", help="write the table there instead of printing it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Status 1 where a file is not an image, or the run cannot be read."""
+    args = parse_args(argv)
     try:
-        if args.csv:
-            args.csv.touch()  # before the work, not after it
-        model, info = load_run(args.run, args.epoch)
+        return predict(args)
     except (UserError, OSError) as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
+        print_error(str(e))
         return 1
+
+
+def predict(args: argparse.Namespace) -> int:
+    if args.csv:
+        args.csv.touch()  # before the work, not after it
+    model, info = load_run(args.run, args.epoch)
     if info["temperatures"] is None:
         text = "confidences are not calibrated: the run had no --val_split to fit temperatures on, or no test split"
         print(f"note: {text}", file=sys.stderr)
-    costs, backbone = model.multiply_adds(info["image_size"])
-    if args.threshold > 1:
-        costs[-1] = backbone  # no exit is computed
-    shares = [100 * cost / backbone for cost in costs]
     paths = find_images(args.images)
     rows = []
     with tqdm(total=len(paths), unit="img", leave=False, disable=None) as bar:  # None: without a terminal
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
-            rows += classify(model, info, batch, args.threshold, shares)
+            rows += classify(model, info, batch, args.threshold)
             bar.update(len(batch))
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:  # names as they are
@@ -66,28 +71,28 @@ def main(argv: list[str] | None = None) -> int:
             writer.writerows(rows)
     else:
         for path, name, certainty, classifier, share in rows:
-            text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the multiply-adds)"
+            text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the backbone's multiply-adds)"
             print(f"{printable(path)}: {printable(name)}  {text}")
     return 0 if len(rows) == len(paths) else 1
 
 
 def find_images(given: list[Path]) -> list[str]:
-    """Files as they are given, and the images in folders; a folder without one stays, to become an error."""
+    """Files as they are given, and the images in folders. Raises UserError where a folder holds none."""
     paths = []
     for path in given:
-        images = [str(path)]
-        if path.is_dir():
-            images, others = list_images(path)
-            note_skipped(path, others)
-        paths += images or [str(path)]
+        if not path.is_dir():
+            paths.append(str(path))
+            continue
+        images, others = list_images(path)
+        note_skipped(path, others)
+        if not images:
+            raise UserError(f"{path} holds no image")
+        paths += images
     return paths
 
 
-def classify(model, info: dict, paths: list[str], threshold: float, shares: list[float]) -> list[tuple]:
-    """A row (HEADINGS) per image; an error is printed for each file that is none.
-
-    shares: of the backbone's multiply-adds, what stopping at each exit and going to the end take.
-    """
+def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: float) -> list[tuple]:
+    """A row (HEADINGS) per image; for a file that is none, an error is printed."""
     found, pixels = [], []
     for path in paths:
         try:
@@ -97,24 +102,24 @@ def classify(model, info: dict, paths: list[str], threshold: float, shares: list
             tqdm.write(f"error: {printable(str(e))}", file=sys.stderr)
     if not found:
         return []
+
+    costs, backbone = model.multiply_adds(info["image_size"])
+    if threshold > 1:
+        costs[-1] = backbone  # no exit is computed
     rows = []
-    split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that are not used
+    split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that nothing reads
     for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
         logits, decided_by = model.predict_early(images, threshold)
         for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
-            name = info["class_names"][image_logits.argmax()]
             is_final = number == model.num_stages
             i = -1 if is_final else number - 1
+            name = info["class_names"][image_logits.argmax()]
             certainty = confidence(image_logits, model.temperatures[i]).item()
             classifier = "final" if is_final else f"exit {number}"
-            rows.append((found[row], name, certainty, classifier, shares[i]))
+            rows.append((found[row], name, certainty, classifier, 100 * costs[i] / backbone))
     return rows
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal lacks a letter
-    try:
-        sys.exit(main())
-    except OSError as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

@@ -219,8 +219,11 @@ def main(argv: list[str]) -> int:
         seconds = {(row["model"], *row["methods"]): row["seconds_per_epoch"] for row in table_rows(1)}
         rows.sort(key=lambda row: -seconds[(row["model"], *row["methods"])])
 
-    with ProcessPoolExecutor(1) as pool:
-        runs, flags, gpus, threads = pool.submit(plan, rows, extra).result()
+    try:
+        with ProcessPoolExecutor(1) as pool:
+            runs, flags, gpus, threads = pool.submit(plan, rows, extra).result()
+    except ImportError as e:
+        parser.error(f"{e}: activate the virtual environment, or set PYTHON to its interpreter")
     if args.dry_run:
         for run in runs.values():
             print(shlex.join(run.command))

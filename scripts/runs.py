@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 from loss import METHODS
 from main import RUNTIME_FLAGS, default_args
 from utils.errors import printable
-from utils.machine import MACHINE_FACTS
+from utils.machine import ENVIRONMENT
 from utils.metrics import METRICS
 from utils.records import classifiers
 
@@ -50,7 +50,7 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
 # Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
-NO_DEPARTURE = {*RUNTIME_FLAGS, *MACHINE_FACTS, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
+NO_DEPARTURE = {*RUNTIME_FLAGS, *ENVIRONMENT, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
 NO_DEPARTURE |= {"data", "starts", "changes"}
 
 
@@ -73,11 +73,6 @@ class Run(NamedTuple):
     @property
     def network(self) -> str:
         return self.flags["classifier_type"]
-
-
-def path_argument(text: str) -> Path:
-    """An argparse type: a path, with `~` expanded also after `--flag=`, where no shell does it."""
-    return Path(text).expanduser()
 
 
 def paper_flags() -> dict:
@@ -118,7 +113,7 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
     has_held_out = bool(flags["val_split"])
     data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags[limit])])
     record = results[which]
-    if has_held_out and "test" in results:
+    if has_held_out and results.get("test"):
         record = results["test"][which]
     elif has_held_out:
         data += ", no test split: held-out images"

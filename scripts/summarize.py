@@ -14,12 +14,13 @@ from pathlib import Path
 
 from intervals import pair_runs
 from run_table import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
-from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs, path_argument
+from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs
 from tables import FORMATS, Line, Table, make_paired_table, make_table
 
 from main import RUNTIME_FLAGS
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_atomic
+from utils.flags import path_type
 from utils.metrics import SHOWN
 
 PAPER_DATA = PUBLISHED["table1"]["dataset"]
@@ -146,9 +147,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     text = "directories of runs, or exported files (default: the repository's experiments)"
-    add("runs", nargs="*", type=path_argument, default=[ROOT / "experiments"], metavar="RUNS", help=text)
+    add("runs", nargs="*", type=path_type, default=[ROOT / "experiments"], metavar="RUNS", help=text)
     add("--best", action="store_true", help="each run's best epoch instead of its last")
-    add("--export", type=path_argument, metavar="FILE.jsonl", help="write the runs to a file that this script reads")
+    add("--export", type=path_type, metavar="FILE.jsonl", help="write the runs to a file that this script reads")
     add("--format", choices=FORMATS, default="markdown", help="(default: %(default)s; csv has its notes on stderr)")
     text = f"columns: {', '.join(COLUMNS)}; `exit 1` and its kin are that classifier's top-1 error"
     add("--metrics", nargs="+", choices=COLUMNS, metavar="NAME", help=text)

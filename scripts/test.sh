@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The tests from nothing: a virtual environment with what they need, then pytest.
-# Environment: VENV (.venv) is the virtual environment, PYTHON (python3) the interpreter that makes it. Flags are
-# pytest's.
+#
+#   bash scripts/test.sh                  all tests
+#   bash scripts/test.sh -m "not slow"    without those that take longest; any other flag of pytest may be given too
+#
+# Environment: VENV (.venv) is the virtual environment, PYTHON (python3) the interpreter that makes it.
 set -eu
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}

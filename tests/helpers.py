@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import data
 import main
 from data import synthetic
 from utils import run_directory
+from utils.checkpoint import LAST
 from utils.engine import TrainStep
 
 ALL = ("--PSKD", "--BYOT", "--DML")
@@ -34,10 +36,13 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
 
 def run(directory: Path, *words: str, flags: str = SMALL) -> int:
     """The command in this process, with `directory` as its run directory; `words` override `flags`."""
-    where = ["--experiments_dir", str(directory.parent), "--run_name", directory.name]
+    argv = flags.split()
+    argv += ["--device", "cpu", "--precision", "fp32"]
+    argv += ["--experiments_dir", str(directory.parent), "--run_name", directory.name]
+    argv += words
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        return main.main([*flags.split(), "--device", "cpu", "--precision", "fp32", *where, *words])
+        return main.main(argv)
 
 
 def val_only(path: Path, directory: Path, *words: str) -> int:
@@ -49,10 +54,16 @@ def read(directory: Path, name: str = "results.json") -> dict:
 
 
 def read_records(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_checkpoint(directory: Path, name: str = LAST) -> dict:
+    return torch.load(directory / name, map_location="cpu", weights_only=True)
 
 
 def one_line(capsys) -> str:
+    """The error, which is all that stands on standard error."""
     error = capsys.readouterr().err
     assert re.fullmatch("error: .*\n", error), error
     return error
@@ -64,14 +75,15 @@ def files(directory: Path) -> dict[Path, bytes]:
 
 def before_step(monkeypatch, number: int, action) -> None:
     """Call `action(step)` before the training step of this number, counted from 0."""
-    call, numbers = TrainStep.__call__, itertools.count()
+    original = TrainStep.update
+    numbers = itertools.count()
 
     def step(self, *batch):
         if next(numbers) == number:
             action(self)
-        call(self, *batch)
+        original(self, *batch)
 
-    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(TrainStep, "update", step)
 
 
 FLAGS = (*ALL, "--end_epoch", "3", "--val_split", "0.25", "--save_predictions")
@@ -85,28 +97,57 @@ def train(directory: Path, *words: str) -> int:
 
 def content(directory: Path) -> dict[str, object]:
     """Everything in a run directory that must not depend on what happened to the run."""
-    names = [file.name.split("tfevents")[0] for file in files(directory)]  # one event file
-    found = {file.name: torch.load(file, weights_only=True) for file in directory.glob("*.pth")}
-    found |= {"files": sorted(names), "results": read(directory), "records": read_records(directory)}
-    return bits(found | {"predictions": dict(np.load(directory / "predictions.npz"))})
+    found = {file.name: read_checkpoint(directory, file.name) for file in directory.glob("*.pth")}
+    found["results.json"] = read(directory)
+    found["metrics.jsonl"] = read_records(directory)
+    found["predictions.npz"] = dict(np.load(directory / "predictions.npz"))
+    names = [file.name for file in files(directory)]
+    found["names"] = sorted(name.split("tfevents")[0] for name in names)  # one event file
+    return bits(found)
 
 
 def bits(value):
     """Nested dicts and lists without times and runtime flags; tensors and arrays as type, shape and bytes."""
     if isinstance(value, dict):
-        left_out = main.RUNTIME_FLAGS | {"hours", "starts"}
-        return {key: bits(v) for key, v in value.items() if "second" not in str(key) and key not in left_out}
+        return {key: bits(entry) for key, entry in value.items() if is_reproducible(str(key))}
     if isinstance(value, list | tuple):
-        return [bits(v) for v in value]
-    return (str(value.dtype), value.shape, np.asarray(value).tobytes()) if hasattr(value, "dtype") else value
+        return [bits(entry) for entry in value]
+    if hasattr(value, "dtype"):
+        return str(value.dtype), value.shape, np.asarray(value).tobytes()
+    return value
+
+
+def is_reproducible(key: str) -> bool:
+    if "second" in key:
+        return False
+    return key not in main.RUNTIME_FLAGS | {"hours", "starts"}
 
 
 def save_photos(folder: Path) -> None:
+    """16 training and 8 test images of 20 pixels, half of them of class `a`, half of class `b`."""
     random = np.random.RandomState(0)
-    for i in range(24):
-        file = folder / ("test" if i % 3 == 0 else "train") / "ab"[i % 2] / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.randint(0, 256, (20, 20, 3), dtype=np.uint8)).save(file)
+    for number in range(24):
+        split = "test" if number % 3 == 0 else "train"
+        directory = folder / split / "ab"[number % 2]
+        directory.mkdir(parents=True, exist_ok=True)
+        pixels = random.randint(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / f"{number}.png")
+
+
+def train_on_photos(folder: Path, flags: str) -> Path:
+    """A finished run, `run`, beside its images, `photos`, both named from the folder; it can be copied as a whole."""
+    save_photos(folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(Path("run"), flags=f"--data_type folder --data_path photos {flags}") == 0
+    return folder
+
+
+def enter_copy(folder: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of a folder, as the working directory."""
+    copy = shutil.copytree(folder, tmp_path / "folder")
+    monkeypatch.chdir(copy)
+    return copy
 
 
 def metrics(top1):
@@ -123,12 +164,15 @@ def record(epoch, top1):
 
 
 def build(*words, split=None):
-    words = ["--data_type", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch_size", 16, *words]
-    return data.build_loaders(main.parse_args([str(word) for word in words]), "cpu", split)
+    argv = ["--data_type", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch_size", "16"]
+    argv += map(str, words)
+    args = main.parse_args(argv)
+    return data.build_loaders(args, "cpu", split)
 
 
 def random_images(num, height=32, width=32):
-    return np.random.RandomState(num).randint(0, 256, (num, height, width, 3)).astype(np.uint8)
+    random = np.random.RandomState(num)
+    return random.randint(0, 256, (num, height, width, 3)).astype(np.uint8)
 
 
 NO_METHOD = {"PSKD": False, "BYOT": False, "DML": False}  # flags, beside those of `make_finished_run`
@@ -138,28 +182,39 @@ TEST_BLOCK = {"last": {"val": metrics(20.0), "exits": [], "ensemble": None}}  # 
 
 def images_record(train="1a", val="2b", test=None):
     """A data record with these digests; without held-out images, as without `test`, `val` is the test split."""
-    digests = {"train": train, "val": val} | ({"test": test} if test else {})
-    splits = {name: {"images": 100, "digest": digest * 16} for name, digest in digests.items()}
+    splits = {}
+    for name, digest in (("train", train), ("val", val), ("test", test)):
+        if digest:
+            splits[name] = {"images": 100, "digest": digest * 16}
     return {"class_names": ["a", "b"], "mean": [0.12345678], "std": [0.25], "splits": splits}
 
 
 def make_finished_run(root, name, top1, seed=1, device="H200", results=(), last=(), **config):
     """A run directory; row 8 of Table 1 in the paper's setting unless the config differs."""
-    usual = {"classifier_type": "resnet18", "PSKD": True, "BYOT": True, "DML": True, "end_epoch": 300}
-    usual |= {"precision": "fp32", "workers": 4, "run_name": name, "seed": seed, "torch": "2.8"}
-    usual |= {"device_name": device, "git_commit": "0123456", "data": images_record()}
+    flags = {"classifier_type": "resnet18", "PSKD": True, "BYOT": True, "DML": True, "end_epoch": 300}
+    flags |= {"precision": "fp32", "workers": 4, "run_name": name, "seed": seed}
+    facts = {"torch": "2.8", "device_name": device, "git_commit": "0123456", "data": images_record()}
     last = {"val": metrics(top1), "exits": [], "ensemble": None, **dict(last)}
     best = {**last, "val": metrics(top1 - 1)}
-    whole = {"status": "finished", "epochs": 300, "seconds_per_epoch": 10.0, "last": last, "best": best}
-    (root / name).mkdir(parents=True)
-    (root / name / "config.json").write_text(json.dumps({**usual, **config}))
-    (root / name / "results.json").write_text(json.dumps({**whole, **dict(results)}))
+    usual = {"status": "finished", "epochs": 300, "seconds_per_epoch": 10.0, "last": last, "best": best}
+    directory = root / name
+    directory.mkdir(parents=True)
+    write(directory / "config.json", {**flags, **facts, **config})
+    write(directory / "results.json", {**usual, **dict(results)})
+
+
+def write(file: Path, value) -> None:
+    file.write_text(json.dumps(value))
 
 
 def cells(output, **labels):
     """Heading -> cell, for each line of the first table that has these labels."""
     table = output.partition("###")[2].partition("###")[0]
-    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
-    heads, _, *lines = [[cell.strip() for cell in line] for line in lines]
-    rows = [dict(zip(heads, line, strict=True)) for line in lines]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    headings, _, *rows = map(split_cells, lines)
+    rows = [dict(zip(headings, row, strict=True)) for row in rows]
     return [row for row in rows if labels.items() <= row.items()]
+
+
+def split_cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]

@@ -1,0 +1,15 @@
+"""What training and evaluation need and no method, network or data set is named in; imports none of those packages.
+
+flags           the parser, kinds of flags, and the flags of optimisation and run
+errors          errors as one line; signals that end a run
+machine         random seeds; what the hardware can do; the facts about it that a run records
+files           atomic writes of JSON and arrays; knows no format
+checkpoint      the format of a run's checkpoint: written, verified, loaded
+run_directory   who may write to a run's directory, where a run starts, what is saved (README.md: every file and key)
+records         an epoch's record: its classifiers by name, the best one, the table of results
+engine          one epoch of training, one pass of validation, the optimiser and its schedule
+metrics         the metrics, and METRICS, the table of their names and units
+calibration     temperatures, and what early exit saves, from logits
+logger, figures     an epoch's record -> console, log file, TensorBoard; diagrams
+distributed, compile, cuda_graph    several processes; a compiled network; a captured training step
+"""

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from utils.metrics import NonFiniteError, all_metrics, augrc, confidence_and_error, per_sample, rows_per_chunk
+from utils.errors import NonFiniteError
+from utils.metrics import all_metrics, augrc, confidence_and_error, per_sample, rows_per_chunk
 
 TOLERANCE = 0.5  # points of accuracy that early exit may lose at the chosen threshold
 NUM_THRESHOLDS = 25

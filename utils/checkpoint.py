@@ -15,7 +15,7 @@ LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkp
 ENTRIES = {
     "model": dict,  # states
     "optimizer": dict,
-    "objective": dict,
+    "objective": dict,  # beside them `scaler`, fp16's, empty with other precisions
     "epoch": int,  # the last one that is done, from 0
     "history": list,  # a record per epoch: the lines of metrics.jsonl
     "args": dict,  # every flag

@@ -15,12 +15,12 @@ class GraphedStep:
     The first WARM_UP steps of a batch shape run as they are (they are the run's real steps), then one is captured,
     and from then on batches are copied into its static inputs. A batch of another shape, such as the last one of an
     epoch, runs as it is. The learning rate is part of what is captured: when it changes, the step is captured again.
-    Everything else that changes between steps lives in tensors (weights, momentum, memory, alpha_t, meters) that the
-    graph reads and writes in place. If capturing fails, one line says so and all steps run as they are.
+    Everything else that changes between steps lives in tensors (weights, momentum, the losses' buffers, meters, fp16's
+    scale) that the graph reads and writes in place. If capturing fails, one line says so and all steps run as they are.
     """
 
     def __init__(self, step):
-        self.step, self.meter, self.objective = step, step.meter, step.objective
+        self.step, self.meter, self.objective, self.scaler = step, step.meter, step.objective, step.scaler
         self.captured_lr = None
         self.shapes = None  # of the first batch, the one worth capturing
         self.warm = 0
@@ -42,7 +42,8 @@ class GraphedStep:
             except RuntimeError as e:
                 if any(text in str(error) for error in (e, e.__context__) for text in OUT_OF_MEMORY):
                     raise
-                print(f"note: the step could not be captured ({first_line(e)}): running without", file=sys.stderr)
+                cause = first_line(e.__context__ or e)  # closing the graph raises another error
+                print(f"note: the step could not be captured ({cause}): running without", file=sys.stderr)
                 self.failed = True
                 self._run(images, labels, index, batch_size)
                 return

@@ -4,6 +4,8 @@ Every function also works, at no cost, in a single process.
 """
 
 import contextlib
+import datetime
+import inspect
 import os
 import socket
 import sys
@@ -17,6 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, first_line
+
+# Of a collective. The others wait in one while a process downloads or decodes a data set; a process that has died is
+# noticed at once by gloo, or ended by torchrun.
+TIMEOUT = datetime.timedelta(hours=2)
 
 
 def check_environment() -> None:
@@ -97,8 +103,8 @@ def process_group(name: str):
         if num_local() == num_all:
             # On one machine, torchrun gives restarted processes the store that still holds the dead ones' addresses.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=num_all)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=number, world_size=num_all, device_id=gpu)
         dist.barrier()
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(f"the process group could not be initialised ({first_line(e)})") from None
@@ -144,7 +150,7 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def from_main(make: Callable):
+def broadcast_from_rank_0(make: Callable):
     """Call `make()` in rank 0 and broadcast what it returns (anything that pickles) or the UserError that it raises."""
     value = error = None
     if is_main():
@@ -170,7 +176,7 @@ def find_differing(values: dict) -> str | None:
     return next((name for name in values if any(other.get(name) != gathered[0][name] for other in gathered)), None)
 
 
-def local_main_first(make: Callable):
+def local_rank_0_first(make: Callable):
     """`make()` on every process, on each machine first in one of them: what that one writes, the others find."""
     if world_size() > 1 and not is_local_main():
         dist.barrier()
@@ -192,7 +198,10 @@ def wrap(model: nn.Module, device: torch.device, sync_bn: bool, all_used: bool) 
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ids = [device.index] if device.type == "cuda" else None
     # BatchNorm statistics are broadcast once per epoch, by broadcast_buffers.
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=not all_used, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
+    options = {"device_ids": ids, "find_unused_parameters": not all_used, broadcast: False}
+    return DistributedDataParallel(model, **options)
 
 
 @torch.no_grad()

@@ -14,9 +14,15 @@ from utils.metrics import all_metrics, per_sample, rows_per_chunk
 def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9 and weight decay on every parameter (the published script's)."""
     on_gpu = next(model.parameters()).is_cuda  # where one fused kernel updates all parameters
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=on_gpu or None
     )
+    if args.precision == "fp16":
+        # The fused update (seen with PyTorch 2.14) allocates momentum in the first step, and if that step is skipped,
+        # leaves it uninitialised. From 0 the first momentum is the first gradient, as it is without this.
+        for p in model.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def build_schedule(args) -> Callable[[int], float]:
@@ -42,7 +48,8 @@ def build_schedule(args) -> Callable[[int], float]:
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which the network computes. Without a cache of casts, which would outlive a captured step."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 class Meter:
@@ -53,11 +60,13 @@ class Meter:
         self.names: list[str] | None = None
         self.sums: Tensor | None = None  # (parts,) float64
         self.num_wrong = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps without an update (fp16)
         self.num_images = 0  # over all processes; counted by train_one_epoch, since a replayed step runs no Python
 
     def reset(self) -> None:
         self.num_images = 0
         self.num_wrong.zero_()
+        self.num_skipped.zero_()
         if self.sums is not None:
             self.sums.zero_()
 
@@ -93,14 +102,20 @@ class TrainStep:
     """Forward, loss, backward, update and meter of one batch.
 
     Args:
-        model: the network, in training mode, as it is or wrapped by DistributedDataParallel.
+        model: the network, in training mode, as it is or as CompiledNetwork or DistributedDataParallel wrap it.
         objective: `objective(outputs, labels, index, batch_size) -> (loss, parts)`.
         precision: `--precision`, under which the network computes.
-        compile: run forward and loss through torch.compile for batches of the first one's size. Others, such as the
-            last of an epoch, run uncompiled: they are too rare to pay for a second compilation.
-        transform: the place where a batch may be changed before it is trained on, as MixUp and CutMix do:
-            `transform(images (N, 3, S, S), labels (N,)) -> (images, soft labels (N, K))`. It runs in every training
-            step, on the device, outside of what is compiled or captured; None leaves batches as they are.
+        compile: run the objective through torch.compile, as CompiledNetwork runs the network.
+        transform: the place where a batch may be changed before it is trained on:
+            `transform(images (N, 3, S, S), labels (N,)) -> (images, soft labels (N, K))`. It runs at the beginning of
+            every step, outside of what is compiled or captured. None leaves batches as they are.
+
+    With fp16 the loss is scaled, so that small gradients do not become 0 (Micikevicius et al., ICLR 2018); losses and
+    what they are computed from stay float32. Where scaled gradients overflow, the step is skipped: weights and momentum
+    stay as they are, the scale is halved, and `meter.num_skipped` counts it. Its forward is as valid as any other: the
+    meter and the objective's own memory take it as usual, and the learning rate does not wait for it. A loss that is
+    not finite, in contrast, ends the run as in any precision, because BatchNorm's statistics have seen such numbers.
+    `scaler` has the scale's `state_dict`, which is empty with the other precisions.
     """
 
     def __init__(
@@ -117,13 +132,16 @@ class TrainStep:
         self.transform = transform or (lambda images, labels: (images, labels))
         self.device, self.precision = device, precision
         self.meter = Meter(device)
-        self.compiled = torch.compile(self.forward, dynamic=False) if compile else self.forward
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.compiled_objective = torch.compile(objective, dynamic=False) if compile else objective
         self.compiled_size = None  # of the first batch
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
         with autocast(self.precision, self.device):
             outputs = self.model(images)
-        loss, parts = self.objective(outputs, labels, index, batch_size)
+        self.compiled_size = self.compiled_size or batch_size
+        objective = self.compiled_objective if batch_size == self.compiled_size else self.objective
+        loss, parts = objective(outputs, labels, index, batch_size)
         return loss, parts, outputs.logits
 
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
@@ -133,13 +151,23 @@ class TrainStep:
 
     def update(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """The step after the transform: labels are classes (N,) or probabilities (N, K)."""
-        self.compiled_size = self.compiled_size or batch_size
-        forward = self.compiled if batch_size == self.compiled_size else self.forward
-        loss, parts, logits = forward(images, labels, index, batch_size)
+        loss, parts, logits = self.forward(images, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        if self.scaler.is_enabled():
+            self._scaled_step(loss)
+        else:
+            loss.backward()
+            self.optimizer.step()
         self.meter.update(parts, logits, labels, batch_size)
+
+    def _scaled_step(self, loss: Tensor) -> None:
+        """Backward and update with a scaled loss. On a GPU nothing waits: the fused optimiser skips by itself."""
+        one = torch.ones_like(loss)
+        scale = self.scaler.scale(one)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.meter.num_skipped += self.scaler.scale(one) < scale
 
 
 def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loader) -> dict:
@@ -151,7 +179,7 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
         progress: wraps the loader in a progress bar.
 
     Returns:
-        `seconds`, `images_per_second`, and `train` with the means over the epoch.
+        `seconds`, `images_per_second`, and `train` with the means over the epoch; with fp16 also `skipped_steps`.
     """
     meter = step.meter
     meter.reset()
@@ -163,7 +191,10 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
     step.objective.end_epoch()
     train = meter.means()  # waits for the device, so the clock is read after it
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "images_per_second": loader.num_samples / seconds, "train": train}
+    result = {"seconds": seconds, "images_per_second": loader.num_samples / seconds, "train": train}
+    if step.scaler.is_enabled():
+        result["skipped_steps"] = meter.num_skipped.item()
+    return result
 
 
 @torch.no_grad()
@@ -229,7 +260,7 @@ def ensemble_logits(members: list[Tensor]) -> Tensor:
     return torch.cat(chunks)
 
 
-def find_not_finite(model: nn.Module, means: dict[str, float]) -> str | None:
+def first_nonfinite(model: nn.Module, means: dict[str, float]) -> str | None:
     """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
     Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ class UserError(Exception):
 
     The message names the file or flag that is wrong and says what to do.
     """
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity in the loss, the weights or the logits; the message says where."""
 
 
 class Interrupted(BaseException):
@@ -56,19 +61,29 @@ def describe_error(error: Exception, args) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, NonFiniteError):
+        remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+        return f"{error} (NaN or infinity); earlier checkpoints are kept; try {remedy}"
     if isinstance(error, BrokenPipeError):
         return f"standard output: {error.strerror}"
     if isinstance(error, OSError):
         path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
     if is_out_of_memory(error):
-        return (
-            f"out of memory with --batch_size {args.batch_size} on {args.device}: lower --batch_size, --image_size or"
-            " --width, or use --precision bf16"
-        )
+        return _describe_memory(error, args)
     if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error)):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None
+
+
+def _describe_memory(error: Exception, args) -> str:
+    """The line for too little memory: in which phase, and what helps there."""
+    half = ", or use --precision bf16" if args.precision in ("fp32", "tf32") else ""
+    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if not functions.isdisjoint(("predict", "evaluate")):  # whose batch has a size of its own
+        return f"out of memory in evaluation on {args.device}: free memory that other programs use{half}"
+    what = f"out of memory in training with --batch_size {args.batch_size} on {args.device}"
+    return f"{what}: lower --batch_size, --image_size or --width{half}"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -100,6 +115,11 @@ def run_command(command: Callable[[], int | None]) -> None:
 
     Standard output and error may be closed, also while it runs, and escape what their encoding lacks.
     """
+    for number in range(3):  # a closed one would be given to a file, in which libraries would write their messages
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
@@ -113,9 +133,16 @@ def run_command(command: Callable[[], int | None]) -> None:
                 getattr(sys, name).flush()
             except BrokenPipeError:
                 setattr(sys, name, None)  # a pager that was left: Python, too, flushes at its end, and would complain
+            except OSError:
+                pass  # a full disk: Python says so at its end, with status 120
     sys.exit(status)
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def first_names(names: list[str]) -> str:
+    """At most five names, and dots where there are more."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)

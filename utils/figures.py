@@ -123,4 +123,4 @@ def predictions(logits: Tensor, labels: Tensor, loader):
             captions.append([true, predicted, f"{100 * confidence[i]:.1f} %"])
         if captions:
             title = "Most confident mistakes: true class, predicted class and its probability"
-            yield "mistakes", image_sheet(Figure, loader.pictures(mistakes), captions, title)
+            yield "mistakes", image_sheet(Figure, loader.raw_images(mistakes), captions, title)

@@ -105,6 +105,11 @@ def number_type(kind: type, low, high):
     return convert
 
 
+def path_type(text: str) -> Path:
+    """An argparse type: a path in which `~` is expanded, as shells do not after `=`."""
+    return Path(os.path.expanduser(text))
+
+
 def add_flag(group, flag: str, kind: str = "experiment", also: str = "", **options) -> None:
     """Add a flag.
 
@@ -135,7 +140,7 @@ def add_number(group, flag: str, number: type, default, low, high, text: str, re
 
 
 def add_path(group, flag: str, kind: str, text: str, **options) -> None:
-    """Add a flag for a path, in which `~` is expanded, as shells do not after `=`."""
+    """Add a flag for a path, as a string in which `~` is expanded."""
     add_flag(group, flag, kind, type=os.path.expanduser, help=text, **options)
 
 
@@ -194,7 +199,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="let these differ on resume, and record it: end_epoch, precision, processes (default: none, since a run is"
         " then no longer what one command computes)",
     )
-    text = "the same as --allow_change end_epoch; PS-KD's alpha_t depends on it"
+    text = "the same as --allow_change end_epoch; a loss may depend on the number of epochs"
     switch("--allow_end_epoch_change", "runtime", help=text)
     switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
     text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"
@@ -203,15 +208,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", "runtime", default="auto", metavar="NAME", help=text, also="gpu")
     add(
         "--precision",
-        choices=["auto", "fp32", "tf32", "bf16"],
+        choices=["auto", "fp32", "tf32", "bf16", "fp16"],
         default="auto",
-        help="auto: bf16 if the hardware supports it, else fp32; losses, memory and metrics are float32 or better in"
-        " all (default: %(default)s, the fastest that needs no loss scaling)",
+        help="auto: bf16 if the hardware supports it, else fp32; fp16, with a scaled loss, is for GPUs without bf16"
+        " (V100, T4, RTX 20) and never chosen by auto, because its accuracy has not been measured yet; losses, memory"
+        " and metrics are float32 or better in all (default: %(default)s, the fastest that needs no loss scaling)",
         also="amp",
     )
     text = "torch.compile the network and the losses (default: off, not yet measured on a GPU)"
     switch("--compile", "runtime", help=text)
-    text = "capture the training step as a CUDA graph, on one GPU (default: off, not yet measured)"
+    text = (
+        "capture the training step as a CUDA graph, on one GPU; may double the memory (default: off, not yet measured)"
+    )
     switch("--cuda_graph", "runtime", help=text)
     text = "synchronise BatchNorm across processes, on GPUs (default: off, statistics per process)"
     switch("--sync_bn", help=text)
@@ -255,14 +263,17 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
             fail(f"argument --device: {distributed.num_local()} processes but only {torch.cuda.device_count()} GPUs")
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            tf32 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        bf16 = has_bf16_instructions()
+        bf16, tf32 = has_bf16_instructions(), False
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
-    if args.precision == "tf32" and not on_gpu:
-        fail("argument --precision: tf32 needs an NVIDIA GPU; a CPU has fp32 and bf16")
+    if args.precision == "tf32" and not tf32:
+        fail("argument --precision: tf32 needs an NVIDIA GPU of compute capability 8.0 or higher; use fp32")
     if args.precision == "bf16" and on_gpu and not bf16:
-        fail("argument --precision: this GPU has no bf16; use fp32")
+        fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
+    if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
+        fail("argument --precision: fp16 needs a GPU of compute capability 7.0 or higher; use fp32")
     if args.sync_bn and not on_gpu and not args.val_only:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
     if args.cuda_graph and not (on_gpu and distributed.num_launched() == 1):
@@ -303,6 +314,8 @@ def notes(args, device: torch.device) -> list[str]:
         found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
+    if args.precision == "fp16" and device.type == "cpu":
+        found.append("--precision fp16 on a CPU is for tests: fp32 is faster")
     if args.compile:
         found.append("--compile: compiling in the first step takes minutes")
     return found

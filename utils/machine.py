@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # Keys of config.json that say where a run was computed.
-MACHINE_FACTS = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
+ENVIRONMENT = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
 
 
 def set_up_torch(device: torch.device, precision: str) -> None:
@@ -39,8 +39,8 @@ def seed_generators(seed: int, epoch: int, process: int) -> None:
 
 
 @functools.cache
-def machine_facts(device: torch.device, processes: int = 1) -> dict:
-    """MACHINE_FACTS and their values: versions, device, number of processes, git commit."""
+def environment(device: torch.device, processes: int = 1) -> dict:
+    """The values of ENVIRONMENT: versions, device, number of processes, git commit."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -49,7 +49,7 @@ def machine_facts(device: torch.device, processes: int = 1) -> dict:
     import torchvision  # here: it takes a second
 
     versions = (platform.python_version(), str(torch.__version__), torchvision.__version__)
-    return dict(zip(MACHINE_FACTS, (*versions, name, processes, _git_commit()), strict=True))
+    return dict(zip(ENVIRONMENT, (*versions, name, processes, _git_commit()), strict=True))
 
 
 def has_bf16_instructions() -> bool:
@@ -69,8 +69,8 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
     command += ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    options = {"cwd": root, "env": environment, "capture_output": True, "text": True, "timeout": 10, "check": True}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    options = {"cwd": root, "env": variables, "capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
         return subprocess.run(command, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):

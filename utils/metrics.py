@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.errors import NonFiniteError
+
 
 class Metric(NamedTuple):
     """How a metric is printed, and whether the console, the tables and TensorBoard show it without being asked."""
@@ -33,10 +35,6 @@ SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}
 NUM_BINS = 10  # of ECE, as the paper
 NUM_ADAPTIVE_BINS = 15  # of adaptive ECE
 CHUNK = 2**18  # logits that are in memory as float64 at a time: 2 MB, about a processor's cache
-
-
-class NonFiniteError(ValueError):
-    """A NaN or an infinity among the logits."""
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -84,7 +84,7 @@ class RunDirectory:
             UserError: the directory is in use or cannot be written, or the checkpoint is damaged, foreign, or was
                 trained with other flags.
         """
-        checkpoint, self.source, self.is_finished = distributed.from_main(self._open)
+        checkpoint, self.source, self.is_finished = distributed.broadcast_from_rank_0(self._open)
         if checkpoint is not None:
             self.history = checkpoint["history"]
             self._record |= {name: checkpoint[name] for name in ("data", "starts", "changes")}
@@ -196,11 +196,11 @@ class RunDirectory:
         if done > self.flags["end_epoch"]:
             raise UserError(f"{source} has {done} epochs already, more than --end_epoch {self.flags['end_epoch']}")
 
-    def begin(self, facts: dict, data: dict, checkpoint: dict | None) -> None:
+    def begin(self, environment: dict, data: dict, checkpoint: dict | None) -> None:
         """Write what is known before the first epoch; a new run removes an earlier one's files first.
 
         Args:
-            facts: of the machine (utils/machine.py).
+            environment: versions, device, processes and commit of this start (utils/machine.py).
             data: the data record (data/__init__.py).
             checkpoint: what `open` returned.
 
@@ -214,7 +214,7 @@ class RunDirectory:
             if (self.path / LAST).exists():
                 raise UserError(f"{self.path} is now used by another run; rerun this command to continue it")
         self.check_lock()
-        start = {"epoch": len(self.history), **facts, "launch": distributed.launch_id()}
+        start = {"epoch": len(self.history), **environment, "launch": distributed.launch_id()}
         self._record["data"] = data
         self._record["starts"] = [*self._record["starts"], start]
 
@@ -263,7 +263,8 @@ class RunDirectory:
         LAST becomes PREVIOUS; BEST and the checkpoints of --saveckp_freq are links to the same file as LAST.
 
         Args:
-            make_states: returns the entries `model`, `optimizer`, `objective`.
+            record: the epoch's line of metrics.jsonl.
+            make_states: returns the checkpoint's entries that hold states.
         """
         self.history.append(record)
         self.seconds_saving = 0.0

@@ -1,6 +1,7 @@
 """Checkpoints that are intact, and every kind that is not: one line, the previous one, nothing else touched."""
 
 import io
+import math
 import os
 import pickle
 import shutil
@@ -8,32 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import files, one_line, read_records, run
+from helpers import files, read_records, train
 
 from utils.checkpoint import LAST, PREVIOUS, find_checkpoint, load_checkpoint
 from utils.errors import UserError
-
-FLAGS = ("--PSKD", "--BYOT", "--num_resnet_blocks", "2")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("experiments") / "finished"
-    assert run(directory, *FLAGS) == 0
-    return directory
-
-
-@pytest.fixture
-def copied(finished, tmp_path) -> Path:
-    """The run as it was after its first epoch."""
-    directory = Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.copyfile(directory / PREVIOUS, directory / LAST)
-    return directory
 
 
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("made by a checkpoint",)
+
+
+@pytest.fixture
+def stopped(copied) -> Path:
+    """The finished run as it was after its second epoch."""
+    shutil.copyfile(copied / PREVIOUS, copied / LAST)
+    return copied
 
 
 def saved(value) -> bytes:
@@ -42,21 +33,33 @@ def saved(value) -> bytes:
     return buffer.getvalue()
 
 
+def loaded(content: bytes) -> dict:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
 def changed(content: bytes, **entries) -> bytes:
-    return saved({**torch.load(io.BytesIO(content), weights_only=True), **entries})
+    return saved({**loaded(content), **entries})
 
 
 def without(content: bytes, entry: str) -> bytes:
-    checkpoint = torch.load(io.BytesIO(content), weights_only=True)
+    checkpoint = loaded(content)
     del checkpoint[entry]
     return saved(checkpoint)
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    """In a statistic of BatchNorm: elsewhere it might be padding."""
+    statistic = loaded(content)["model"]["bn1.running_var"].numpy().tobytes()
+    altered = bytearray(content)
+    altered[content.index(statistic)] ^= 16
+    return bytes(altered)
 
 
 BAD = {  # made of an intact file's bytes, and words of the message
     "empty": (lambda intact: b"", "truncated"),
     "truncated": (lambda intact: intact[: len(intact) // 2], "truncated"),
     "zeros": (lambda intact: bytes(len(intact)), "of another format"),
-    "flipped bit": (lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 16]) + b[len(b) // 2 + 1 :], "checksum"),
+    "flipped bit": (flip_a_bit, "checksum"),
     "text": (lambda intact: b"<html>404 not found</html>\n", "of another format"),
     "pickle with code": (lambda intact: pickle.dumps(RunsCode()), "of another format"),
     "archive with code": (lambda intact: saved({"model": RunsCode()}), "Weights only load failed"),
@@ -68,70 +71,108 @@ BAD = {  # made of an intact file's bytes, and words of the message
 }
 
 
+def spoil_last(directory: Path, name: str) -> None:
+    make, _ = BAD[name]
+    intact = (directory / LAST).read_bytes()
+    (directory / LAST).write_bytes(make(intact))
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_refused_in_one_line_and_the_previous_one_taken(name, copied, monkeypatch):
-    monkeypatch.chdir(copied)
-    make, words = BAD[name]
-    (copied / LAST).write_bytes(make((copied / LAST).read_bytes()))
+def test_bad_file_is_refused_in_one_line(name, copied):
+    spoil_last(copied, name)
     with pytest.raises(UserError) as error:
         load_checkpoint(copied / LAST)
-    assert str(copied / LAST) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert str(copied / LAST) in message
+    assert BAD[name][1] in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_previous_checkpoint_is_taken_in_place_of_a_bad_one(name, copied):
+    spoil_last(copied, name)
     checkpoint, path, note = find_checkpoint(copied)
-    assert path == copied / PREVIOUS and checkpoint["epoch"] == 0
-    assert note == f"{error.value}: using {copied / PREVIOUS}" and not Path("made by a checkpoint").exists()
+    assert path == copied / PREVIOUS
+    assert checkpoint["epoch"] == 1
+    assert note.startswith(f"{copied / LAST} is not a valid checkpoint")
+    assert note.endswith(f"using {copied / PREVIOUS}")
+
+
+@pytest.mark.parametrize("name", ["pickle with code", "archive with code"])
+def test_code_in_a_file_does_not_run(name, copied, monkeypatch):
+    monkeypatch.chdir(copied)
+    spoil_last(copied, name)
+    find_checkpoint(copied)
+    assert not Path("made by a checkpoint").exists()
+
+
+def leave_nothing(path: Path) -> None:
+    pass
+
+
+def link_to_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
 
 
 def other_settings(path: Path) -> None:
     """An intact file, but with settings of the optimiser that the flags do not have."""
     checkpoint = load_checkpoint(path.with_name(PREVIOUS))
-    checkpoint["optimizer"]["param_groups"][0] |= {"lr": 9.0, "momentum": 0.0, "weight_decay": 0.5, "nesterov": False}
+    settings = checkpoint["optimizer"]["param_groups"][0]
+    settings |= {"lr": 9.0, "momentum": 0.0, "weight_decay": 0.5, "nesterov": False}
     torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: None, other_settings])
+@pytest.mark.parametrize("make", [leave_nothing, os.mkfifo, link_to_device, other_settings])
 def test_whatever_became_of_the_last_one_the_same_command_ends_in_the_same_weights(make, copied, finished, capsys):
     (copied / LAST).unlink()
     make(copied / LAST)
-    assert run(copied, *FLAGS) == 0
+    assert train(copied) == 0
     assert f"continuing from {copied}" in capsys.readouterr().out
-    ours, theirs = (load_checkpoint(directory / LAST) for directory in (copied, finished))
-    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
+    ours = load_checkpoint(copied / LAST)
+    theirs = load_checkpoint(finished / LAST)
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
     assert ours["history"] == read_records(copied)
 
 
-def test_without_an_intact_one_nothing_is_touched(copied, capsys):
+def test_without_an_intact_one_nothing_is_touched(copied, refused):
     for name in (LAST, PREVIOUS):
         (copied / name).write_bytes(b"PK")
     before = files(copied)
-    assert run(copied, *FLAGS) == 1
-    assert (
-        f"{PREVIOUS} is not a valid checkpoint (truncated or of another format): start over" in one_line(capsys)
-        and files(copied) == before
-    )
+    error = refused(train, copied)
+    assert f"{PREVIOUS} is not a valid checkpoint (truncated or of another format): start over" in error
+    assert files(copied) == before
+
+
+def test_folder_in_place_of_a_checkpoint_is_named(copied, refused):
     (copied / LAST).unlink()
     (copied / LAST).mkdir()
-    assert run(copied, *FLAGS, "--overwrite") == 1 and f"{copied / LAST}: Is a directory" in one_line(capsys)
+    assert f"{copied / LAST}: Is a directory" in refused(train, copied, "--overwrite")
 
 
-FORGED = [  # entries that do not fit the flags that they came with
-    ("model", lambda c: {**c["model"], "fc.weight": torch.zeros(5, 16)}),
-    ("model", lambda c: {**c["model"], "fc.weight": c["model"]["fc.weight"] * float("nan")}),
-    ("objective", lambda c: {**c["objective"], "targets.memory": torch.zeros(7, 10)}),
-    ("optimizer", lambda c: {}),
-    ("optimizer", lambda c: {**c["optimizer"], "state": {}}),
-    ("optimizer", lambda c: {**c["optimizer"], "state": {0: {"momentum_buffer": torch.zeros(1)}}}),
-    (
-        "optimizer",
-        lambda c: {**c["optimizer"], "state": {0: {"momentum_buffer": torch.full((4, 3, 3, 3), float("inf"))}}},
-    ),
+NOT_FINITE_WEIGHT = torch.full((10, 32), math.nan)
+NOT_FINITE_MOMENTUM = torch.full((4, 3, 3, 3), math.inf)
+FORGED = [  # states, and entries of them that do not fit the flags that they came with
+    ("model", {"fc.weight": torch.zeros(5, 32)}),
+    ("model", {"fc.weight": NOT_FINITE_WEIGHT}),
+    ("objective", {"targets.memory": torch.zeros(7, 10)}),
+    ("optimizer", {"state": {}}),
+    ("optimizer", {"state": {0: {"momentum_buffer": torch.zeros(1)}}}),
+    ("optimizer", {"state": {0: {"momentum_buffer": NOT_FINITE_MOMENTUM}}}),
 ]
 
 
-@pytest.mark.parametrize(("name", "make"), FORGED)
-def test_an_entry_that_does_not_fit_the_flags_is_named(name, make, copied, capsys):
-    content = (copied / LAST).read_bytes()
-    (copied / LAST).write_bytes(changed(content, **{name: make(torch.load(io.BytesIO(content), weights_only=True))}))
-    before = files(copied)
-    assert run(copied, *FLAGS) == 1
-    assert f"{copied / LAST}: its {name} state does not match these flags" in one_line(capsys)
-    assert files(copied) == before
+@pytest.mark.parametrize(("name", "entries"), FORGED)
+def test_state_that_does_not_fit_the_flags_is_named(name, entries, stopped, refused):
+    intact = (stopped / LAST).read_bytes()
+    state = loaded(intact)[name] | entries
+    (stopped / LAST).write_bytes(changed(intact, **{name: state}))
+    before = files(stopped)
+    error = refused(train, stopped)
+    assert f"{stopped / LAST}: its {name} state does not match these flags" in error
+    assert files(stopped) == before
+
+
+def test_empty_state_is_named(stopped, refused):
+    intact = (stopped / LAST).read_bytes()
+    (stopped / LAST).write_bytes(changed(intact, optimizer={}))
+    assert "its optimizer state does not match these flags" in refused(train, stopped)

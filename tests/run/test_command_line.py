@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from helpers import read_records, run
 from hypothesis import given, settings
@@ -22,17 +23,31 @@ from hypothesis import strategies as st
 import main
 from loss import METHODS
 from models import MODELS
+from utils import flags
 
 WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words of the answer, in this order
     ("--PSDK", "--PSDK"),
     ("'--new\nline'", r"--new\nline"),
+    ("--epochs 3", "--epochs mean --end_epoch?"),
+    ("--epoch 3", "--epoch mean --end_epoch?"),
+    ("--model resnet18", "--model mean --classifier_type?"),
+    ("--arch=resnet18", "--arch mean --classifier_type?"),
+    ("--data x", "--data mean --data_type or --data_path?"),
+    ("--output x", "--output mean --experiments_dir?"),
+    ("--batch-size 64", "--batch-size mean --batch_size?"),
+    ("--learning_rate 0.1", "--learning_rate mean --lr?"),
+    ("--pskd --lr_decay_shedule 3", "--pskd mean --PSKD or --lr_decay_schedule?"),
+    ("--warmup_epochs 3 --end_epoch 3", "--warmup_epochs 3 none 3"),
+    ("--lr_schedule linear", "--lr_schedule 'linear' step cosine"),
+    ("--device mps", "--device 'mps' float64 cpu"),
+    ("--device mps:0", "--device 'mps' float64 cpu"),
     ("--alpha_T 1.5", "--alpha_T '1.5' number 0 1"),
     ("--BYOT_from_k_block 4", "--BYOT_from_k_block '4' integer 1 3"),
     ("--classes 101", "--classes 101 100 cifar100"),
     ("--val_split 1", "--val_split '1' 0.001 0.9"),
     ("--lr_decay_schedule 225 150", "--lr_decay_schedule 225, 150 ascend"),
     ("--data_type cifar20", "--data_type 'cifar20' cifar100 cifar10 tinyimagenet folder synthetic"),
-    ("--precision tf32 --device cpu", "--precision tf32 GPU fp32 bf16"),
+    ("--precision tf32 --device cpu", "--precision tf32 GPU 8.0 fp32"),
     ("--device cuda:99", "--device 'cuda:99' cpu"),
     ("--cuda_graph --device cpu", "--cuda_graph GPU"),
     ("--allow_change lr", "--allow_change 'lr' end_epoch precision processes"),
@@ -137,6 +152,14 @@ def test_allow_end_epoch_change_is_one_of_the_allowed_changes():
         assert main.parse_args(words).allow_change == ["end_epoch"]
     words = ["--allow_end_epoch_change", "--allow_change", "processes", "precision"]
     assert main.parse_args(words).allow_change == ["end_epoch", "precision", "processes"]
+
+
+def test_a_note_says_that_the_learning_rate_never_drops():
+    def notes(*words):
+        return flags.notes(main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), torch.device("cpu"))
+
+    assert notes() == notes("--end_epoch", "2", "--lr_schedule", "cosine") == []
+    assert "the learning rate never drops" in notes("--end_epoch", "150")[0]
 
 
 def power(low: float, high: float):

@@ -1,5 +1,6 @@
 """A run knows its images: what is recorded, and what happens when others lie on the disk."""
 
+import random
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -7,38 +8,60 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import files, one_line, read, read_records, run, save_photos, val_only
+from helpers import enter_copy, files, read, read_records, run, save_photos, train_on_photos, val_only
 from PIL import Image
 
 import main
 from data.readers import Split
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import LAST, load_checkpoint
 from utils.engine import TrainStep
 
-SMALL = "--data_type folder --image_size 16 --width 4 --num_resnet_blocks 2 --batch_size 8 --lr 0.05"
+RUN, OUT, PHOTOS = Path("run"), Path("out"), Path("photos")
+FLAGS = "--PSKD --image_size 16 --width 4 --num_resnet_blocks 2 --batch_size 8 --lr 0.05 --end_epoch 2"
+HELD_OUT = f"{FLAGS} --val_split 0.25"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return train_on_photos(tmp_path_factory.mktemp("plain"), FLAGS)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    return train_on_photos(tmp_path_factory.mktemp("held_out"), HELD_OUT)
 
 
 @pytest.fixture
-def photos(tmp_path) -> Path:
-    save_photos(tmp_path / "photos")
-    return tmp_path / "photos"
+def plain_run(plain, tmp_path, monkeypatch) -> None:
+    """In the working directory: a finished run and its images; validation is the test split."""
+    enter_copy(plain, tmp_path, monkeypatch)
 
 
-def train(directory: Path, photos: Path, *words: str) -> int:
-    return run(directory, "--data_path", str(photos), *words, flags=SMALL)
+@pytest.fixture
+def held_out_run(held_out, tmp_path, monkeypatch) -> None:
+    """The same; validation is held-out training images."""
+    enter_copy(held_out, tmp_path, monkeypatch)
 
 
-def rename_class(photos: Path) -> None:
+def train(flags: str = FLAGS, photos: Path = PHOTOS, directory: Path = RUN) -> int:
+    return run(directory, flags=f"--data_type folder --data_path {photos} {flags}")
+
+
+def save_image(file: Path, colour: str = "red") -> None:
+    Image.new("RGB", (20, 20), colour).save(file)
+
+
+def rename_class() -> None:
     for split in ("train", "test"):
-        (photos / split / "a").rename(photos / split / "z")
+        (PHOTOS / split / "a").rename(PHOTOS / split / "z")
 
 
-def exchange_image(photos: Path) -> None:
-    Image.new("RGB", (20, 20), "red").save(photos / "train" / "a" / "2.png")
+def exchange_image(photos: Path = PHOTOS) -> None:
+    save_image(photos / "train" / "a" / "2.png")
 
 
-def add_image(photos: Path) -> None:
-    Image.new("RGB", (20, 20), "red").save(photos / "train" / "b" / "new.png")
+def add_image() -> None:
+    save_image(PHOTOS / "train" / "b" / "new.png")
 
 
 OTHER_IMAGES = [
@@ -50,103 +73,171 @@ OTHER_IMAGES = [
 
 @pytest.mark.parametrize(("change", "named"), OTHER_IMAGES)
 @pytest.mark.parametrize("is_finished", [False, True])
-def test_resume_on_other_images_is_refused_by_name(change, named, is_finished, photos, tmp_path, capsys):
-    words = ("--PSKD", "--end_epoch", "2")
-    if is_finished:
-        assert train(tmp_path / "run", photos, *words) == 0
-    else:  # the first epoch of two
-        assert train(tmp_path / "run", photos, "--PSKD", "--end_epoch", "1") == 0
-        words = (*words, "--allow_end_epoch_change")
-    before = files(tmp_path / "run")
-    change(photos)
-    assert train(tmp_path / "run", photos, *words) == 1
-    assert named in one_line(capsys) and files(tmp_path / "run") == before
+def test_resume_on_other_images_is_refused_by_name(change, named, is_finished, plain_run, refused):
+    if not is_finished:
+        (RUN / LAST).unlink()  # what is left is the first epoch of two
+    before = files(RUN)
+    change()
+    assert named in refused(train)
+    assert files(RUN) == before
 
 
-def test_resume_with_added_images_does_not_move_held_out_ones_into_training(photos, tmp_path, capsys):
-    words = ("--val_split", "0.25")
-    assert train(tmp_path / "run", photos, "--end_epoch", "1", *words) == 0
-    add_image(photos)
-    assert train(tmp_path / "run", photos, "--end_epoch", "2", "--allow_end_epoch_change", *words) == 1
-    assert "13 train images in place of 12" in one_line(capsys)
+def test_resume_with_added_images_does_not_move_held_out_ones_into_training(held_out_run, refused):
+    (RUN / LAST).unlink()
+    add_image()
+    assert "13 train images in place of 12" in refused(train, HELD_OUT)
 
 
-def test_another_folder_under_the_same_run_name_is_refused(photos, tmp_path, capsys):
-    assert train(tmp_path / "run", photos, "--end_epoch", "1") == 0
-    other = shutil.copytree(photos, tmp_path / "other")
+def test_another_folder_under_the_same_run_name_is_refused(plain_run, refused):
+    other = Path(shutil.copytree(PHOTOS, "other"))
     exchange_image(other)
-    assert train(tmp_path / "run", other, "--end_epoch", "1") == 1 and "other images" in one_line(capsys)
+    assert "other images" in refused(train, FLAGS, other)
 
 
-def test_val_only_refuses_other_classes_by_name(photos, tmp_path, capsys):
-    assert train(tmp_path / "run", photos, "--end_epoch", "1") == 0
-    rename_class(photos)
-    assert val_only(tmp_path / "run", tmp_path / "out") == 1 and "missing: a; new: z" in one_line(capsys)
+def test_val_only_refuses_other_classes_by_name(plain_run, refused):
+    rename_class()
+    assert "missing: a; new: z" in refused(val_only, RUN, OUT)
 
 
-def test_val_only_uses_the_recorded_mean_and_std(photos, tmp_path):
-    assert train(tmp_path / "run", photos, "--end_epoch", "2") == 0
+def test_val_only_uses_the_recorded_mean_and_std(plain_run):
     for number in range(8):
-        Image.new("RGB", (20, 20), "white").save(photos / "train" / "a" / f"white {number}.png")
-    assert val_only(tmp_path / "run", tmp_path / "out") == 0
-    assert read(tmp_path / "out", "val.json")["val"] == read(tmp_path / "run")["last"]["val"]
+        save_image(PHOTOS / "train" / "a" / f"white {number}.png", "white")
+    assert val_only(RUN, OUT) == 0
+    assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
 
 
-def test_val_only_on_another_test_set_records_both_digests(photos, tmp_path):
-    assert train(tmp_path / "run", photos, "--end_epoch", "1") == 0
-    Image.new("RGB", (20, 20), "red").save(photos / "test" / "a" / "new.png")
-    assert val_only(tmp_path / "run", tmp_path / "out") == 0
-    found = read(tmp_path / "out", "val.json")
-    assert found["images"]["images"] == 9 and found["images_of_the_run"]["images"] == 8
-    assert found["images"]["digest"] != found["images_of_the_run"]["digest"]
+def test_val_only_on_another_test_set_records_both_digests(plain_run):
+    save_image(PHOTOS / "test" / "a" / "new.png")
+    assert val_only(RUN, OUT) == 0
+    found = read(OUT, "val.json")
+    images, of_the_run = found["images"], found["images_of_the_run"]
+    assert images["images"] == 9
+    assert of_the_run["images"] == 8
+    assert images["digest"] != of_the_run["digest"]
 
 
-def test_val_only_with_unknown_held_out_images_evaluates_the_test_split(photos, tmp_path, capsys):
-    assert train(tmp_path / "run", photos, "--end_epoch", "1", "--val_split", "0.25") == 0
-    assert val_only(tmp_path / "run", tmp_path / "same") == 0
-    assert read(tmp_path / "same", "val.json")["val"] == read(tmp_path / "run")["last"]["val"]
-    add_image(photos)
-    assert val_only(tmp_path / "run", tmp_path / "out") == 0 and "8 test images" in capsys.readouterr().out
-    assert read(tmp_path / "out", "val.json")["val"] == pytest.approx(read(tmp_path / "run")["test"]["last"]["val"])
+def test_val_only_evaluates_the_held_out_images(held_out_run):
+    assert val_only(RUN, OUT) == 0
+    assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
 
 
-def test_the_record_names_classes_numbers_and_digests(photos, tmp_path):
-    assert train(tmp_path / "run", photos, "--end_epoch", "1", "--val_split", "0.25") == 0
-    record = load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["data"]
-    assert record == read(tmp_path / "run", "config.json")["data"]
-    assert record["class_names"] == ["a", "b"] and len(record["mean"]) == len(record["std"]) == 3
-    assert {name: split["images"] for name, split in record["splits"].items()} == {"train": 12, "val": 4, "test": 8}
+def test_val_only_with_unknown_held_out_images_evaluates_the_test_split(held_out_run, capsys):
+    add_image()
+    assert val_only(RUN, OUT) == 0
+    assert "8 test images" in capsys.readouterr().out
+    expected = read(RUN)["test"]["last"]["val"]
+    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
 
 
-def test_digest_depends_on_pixels_labels_order_and_shape():
-    images = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
-    labels = np.array([0, 1])
-    others = [
-        Split(images + 1, labels),
-        Split(images, labels + 1),
-        Split(images[::-1], labels),
-        Split(images.reshape(2, 6, 4, 3), labels),
-    ]
-    digest = Split(images, labels).digest()
-    assert digest == Split(np.asfortranarray(images), labels.astype(np.int32)).digest()
-    assert len({digest, *(other.digest() for other in others)}) == 5
+def test_val_only_evaluates_a_test_set_by_itself(held_out_run):
+    shutil.rmtree(PHOTOS / "train")
+    assert val_only(RUN, OUT) == 0
+    expected = read(RUN)["test"]["last"]["val"]
+    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
 
 
-def test_code_that_draws_random_numbers_resumes_to_the_bit(photos, tmp_path, monkeypatch):
-    call = TrainStep.__call__
+def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
+    shutil.rmtree(PHOTOS / "train")
+    assert val_only(RUN, OUT) == 0
+    assert "8 test images" in capsys.readouterr().out
+    assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
+
+
+def test_val_only_brings_other_images_to_the_recorded_stored_size(plain_run):
+    """The run's images are 20 x 20, squeezed from 30 x 20 those of the other set would be wrong: they are cut."""
+    for file in (PHOTOS / "test").glob("*/*.png"):
+        with Image.open(file) as image:
+            wide = Image.new("RGB", (30, 20), "red")
+            wide.paste(image, (5, 0))
+        wide.save(file)
+    assert val_only(RUN, OUT) == 0
+    found = read(OUT, "val.json")
+    assert found["images"] == found["images_of_the_run"]
+    assert found["val"] == read(RUN)["last"]["val"]
+
+
+def test_folder_without_a_test_split_needs_val_split(plain_run, refused):
+    shutil.rmtree(PHOTOS / "test")
+    assert "--val_split" in refused(train, FLAGS, PHOTOS, Path("new"))
+
+
+@pytest.mark.parametrize("folder", [".", "train"])
+def test_run_without_a_test_split_says_so(folder, plain_run, capsys):
+    shutil.rmtree(PHOTOS / "test")
+    assert train(HELD_OUT, PHOTOS / folder, Path("new")) == 0
+    assert "no test split" in capsys.readouterr().out
+    assert read(Path("new"))["test"] == {}
+    assert val_only(Path("new"), OUT) == 0
+    assert read(OUT, "val.json")["val"] == read(Path("new"))["last"]["val"]
+
+
+def test_resume_with_a_lost_test_split_is_refused(held_out_run, refused):
+    shutil.rmtree(PHOTOS / "test")
+    assert "0 test images in place of 8" in refused(train, HELD_OUT)
+
+
+def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
+    record = read(RUN, "config.json")["data"]
+    assert record["class_names"] == ["a", "b"]
+    counts = {name: split["images"] for name, split in record["splits"].items()}
+    assert counts == {"train": 12, "val": 4, "test": 8}
+
+
+def test_record_holds_mean_and_std_of_each_colour(held_out_run):
+    record = read(RUN, "config.json")["data"]
+    assert len(record["mean"]) == 3
+    assert len(record["std"]) == 3
+
+
+def test_checkpoint_holds_the_record(held_out_run):
+    assert load_checkpoint(RUN / LAST)["data"] == read(RUN, "config.json")["data"]
+
+
+IMAGES = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
+LABELS = np.array([0, 1])
+OTHER_SPLITS = {
+    "pixels": Split(IMAGES + 1, LABELS),
+    "labels": Split(IMAGES, LABELS + 1),
+    "order": Split(IMAGES[::-1], LABELS),
+    "shape": Split(IMAGES.reshape(2, 6, 4, 3), LABELS),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_SPLITS)
+def test_digest_depends_on(what):
+    assert OTHER_SPLITS[what].digest() != Split(IMAGES, LABELS).digest()
+
+
+def test_digest_does_not_depend_on_the_layout_in_memory():
+    same = Split(np.asfortranarray(IMAGES), LABELS.astype(np.int32))
+    assert same.digest() == Split(IMAGES, LABELS).digest()
+
+
+def add_noise(monkeypatch) -> None:
+    """To every batch, drawn from all three global generators, as code may that a user adds."""
+    original = TrainStep.__call__
 
     def noisy(step, images, *others):
-        level = np.random.rand() * torch.rand(len(images), 1, 1, 1)
-        call(step, images + level, *others)
+        level = random.random() * np.random.rand() * torch.rand(len(images), 1, 1, 1)
+        original(step, images + level, *others)
 
     monkeypatch.setattr(TrainStep, "__call__", noisy)
-    words = ("--end_epoch", "3", "--PSKD")
-    assert train(tmp_path / "straight", photos, *words) == 0
-    monkeypatch.setattr(main, "predict", mock.Mock(wraps=main.predict, side_effect=[mock.DEFAULT, KeyError]))
-    with pytest.raises(KeyError):  # in the second epoch
-        train(tmp_path / "stopped", photos, *words)
-    monkeypatch.undo()
-    monkeypatch.setattr(TrainStep, "__call__", noisy)
-    assert train(tmp_path / "stopped", photos, *words) == 0
-    losses = [[epoch["train"]["loss"] for epoch in read_records(tmp_path / name)] for name in ("straight", "stopped")]
-    assert losses[0] == losses[1] and len(set(losses[0])) == 3
+
+
+def losses(directory: Path) -> list[float]:
+    return [record["train"]["loss"] for record in read_records(directory)]
+
+
+def test_code_that_draws_random_numbers_resumes_to_the_bit(tmp_path, monkeypatch):
+    flags = f"{FLAGS} --end_epoch 3"
+    save_photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    add_noise(monkeypatch)
+    assert train(flags, directory=Path("straight")) == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyError):  # in the second epoch
+        patch.setattr(main, "predict", mock.Mock(wraps=main.predict, side_effect=[mock.DEFAULT, KeyError]))
+        train(flags, directory=Path("stopped"))
+    assert len(losses(Path("stopped"))) == 1
+    assert train(flags, directory=Path("stopped")) == 0
+    assert losses(Path("stopped")) == losses(Path("straight"))
+    assert len(set(losses(Path("straight")))) == 3

@@ -1,5 +1,6 @@
 """Two and three gloo processes against one: steps, shards, memory, whole runs, deaths, and processes that disagree."""
 
+import functools
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ALL, PROCESSES, SMALL, before_step, bits, make_small, read, read_records, run, val_only
+from torch._dynamo.utils import counters
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -19,6 +21,7 @@ from data import build_loaders
 from loss import build_objective, trained_exits
 from models import build_model
 from utils import distributed
+from utils.compile import CompiledNetwork
 from utils.engine import TrainStep, build_optimizer, predict, train_one_epoch
 
 CPU = torch.device("cpu")
@@ -67,15 +70,16 @@ def in_float64(args, split: str | None = None):
     return build_model(args, 10).double().eval(), loader
 
 
-def epoch_of_steps(flags: str) -> dict:
+def epoch_of_steps(flags: str, compile: bool = False) -> dict:
     args = parse(flags)
     model, loader = in_float64(args)
     objective = build_objective(args, 19, 10).double().train()
     objective.set_epoch(1)
     if args.PSKD:  # of the last rows nothing is remembered
         objective.targets.memory[:15] = torch.randn(15, 10, generator=torch.Generator().manual_seed(1)).softmax(1)
-    network = distributed.wrap(model, CPU, sync_bn=False, all_used=all(trained_exits(args)))
-    trained = train_one_epoch(TrainStep(network, objective, build_optimizer(args, model), CPU, "fp32"), loader)
+    network = CompiledNetwork(model) if compile else model
+    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all(trained_exits(args)))
+    trained = train_one_epoch(TrainStep(network, objective, build_optimizer(args, model), CPU, "fp32", compile), loader)
     return {
         "train": {name: torch.tensor(value, dtype=torch.float64) for name, value in trained["train"].items()},
         "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},  # of the last batch
@@ -96,6 +100,26 @@ def save_view(directory: Path) -> None:
         make_small(patch)
         view = {flags: epoch_of_steps(flags) for flags in COMBINATIONS} | {num: validation(num) for num in (1, 5)}
         torch.save(view, directory / f"{distributed.world_size()}_{distributed.rank()}.pt")
+
+
+def save_compiled(directory: Path) -> None:
+    """An epoch, plain and compiled, and what was compiled, to a file."""
+    with distributed.process_group("cpu"), pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        view = {"plain": epoch_of_steps(COMBINATIONS[0]), "compiled": epoch_of_steps(COMBINATIONS[0], compile=True)}
+        view |= {"frames": dict(counters["frames"]), "breaks": dict(counters["graph_break"])}
+        torch.save(view, directory / f"compiled{distributed.rank()}.pt")
+
+
+def test_compiled_step_equals_the_plain_one_in_two_processes(tmp_path):
+    """The network and the objective are compiled, each as a whole."""
+    launch(2, tmp_path / "logs", save_compiled, tmp_path)
+    for rank in range(2):
+        view = torch.load(tmp_path / f"compiled{rank}.pt", weights_only=False)
+        assert view["frames"] == {"total": 2, "ok": 2} and not view["breaks"]
+        torch.testing.assert_close(view["compiled"], view["plain"], rtol=1e-12, atol=1e-12)
+        assert "Warning" not in printed(tmp_path / "logs", rank)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import io
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,10 +23,11 @@ FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": 
 LABELS = torch.arange(6) % 3
 LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 
-
 CHOSEN = {"threshold": 0.7, "accuracy": 75.5, "multiply_adds": 130}
-TEST = record(2, 25.0) | {"early_exit": {"backbone_multiply_adds": 200, "chosen": CHOSEN}}
-TEST["calibrated"] = {"val": {"ece": 1.25, "nll": 0.4}, "exits": [None, {"ece": 1.5, "nll": 1.0}]}
+CALIBRATED = {"val": {"ece": 1.25, "nll": 0.4}, "exits": [None, {"ece": 1.5, "nll": 1.0}]}
+TEST = record(2, 25.0)
+TEST["early_exit"] = {"backbone_multiply_adds": 200, "chosen": CHOSEN}
+TEST["calibrated"] = CALIBRATED
 RESULTS = {"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": TEST}}
 
 
@@ -37,15 +39,17 @@ class FakeLoader:
 
     def __iter__(self):
         for index in torch.arange(6).split(4):
-            yield self.pictures(index), LABELS[index], index
+            yield self.raw_images(index), LABELS[index], index
 
-    def pictures(self, index):
-        return (10 * index)[:, None, None, None].expand(-1, 3, 8, 8).byte()
+    def raw_images(self, index):
+        colours = 10 * index[:, None, None, None]
+        return colours.expand(-1, 3, 8, 8).byte()
 
-    denormalise = staticmethod(lambda images: images)
+    def denormalise(self, images):
+        return images
 
 
-def log_run(directory):
+def log_run(directory: Path) -> EventAccumulator:
     """Log a run of three epochs, the first of which comes from a checkpoint; return its events."""
     log = Logger(directory, 3)
     log.start("run: resnet18", ["slow"], FLAGS, FakeLoader(), [record(0, 30.0)])
@@ -53,38 +57,100 @@ def log_run(directory):
     log.epoch(record(2, 20.0))
     log.finish(RESULTS, LOGITS, LABELS, FakeLoader())
     log.close()
-    return EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0, "images": 0}).Reload()
+    events = EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0, "images": 0})
+    return events.Reload()
 
 
-@pytest.mark.filterwarnings("error:Glyph")
-def test_event_file_and_console(tmp_path, capsys):
-    events = log_run(tmp_path)
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    top1 = {"final": [30, 18, 20], "exit 2": [35, 23, 25], "ensemble": [29, 17, 19], "train": [60, 60, 60]}
-    for tag, values in {**{f"{k}/top1_error": v for k, v in top1.items()}, "train/hint": [0.25] * 3}.items():
-        assert found[tag] == list(enumerate(values, start=1))
-    assert found["test/top1_error"] == [(3, 25)] and found["run/images_per_second"] == [(t, 99) for t in (1, 2, 3)]
-    assert not {"run/alpha_t", "exit 1/nll"} & found.keys()
-    assert set(events.Tags()["images"]) == {"figures/training_images", "figures/predictions", "figures/mistakes"}
-    out = capsys.readouterr().out
-    assert (tmp_path / "experiment.log").read_text() == out
-    assert out.startswith("run: resnet18\nnote: slow\n")
-    assert [f"epoch {t}/3" in out for t in (1, 2, 3)] == [False, True, True] and "0:00:03 left" in out
-    hparams = {name: HParamsPluginData.FromString(c) for name, c in events.PluginTagToContent("hparams").items()}
-    flags = hparams["_hparams_/session_start_info"].session_start_info.hparams
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> SimpleNamespace:
+    """The events of a run, what it printed, and its experiment.log."""
+    directory = tmp_path_factory.mktemp("logged")
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        events = log_run(directory)
+    return SimpleNamespace(events=events, out=out.getvalue(), log=(directory / "experiment.log").read_text())
+
+
+def curve(logged, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of a scalar."""
+    return [(event.step, event.value) for event in logged.events.Scalars(tag)]
+
+
+CURVES = {  # of epochs 1 to 3
+    "final/top1_error": [30, 18, 20],
+    "exit 2/top1_error": [35, 23, 25],
+    "ensemble/top1_error": [29, 17, 19],
+    "train/top1_error": [60, 60, 60],
+    "train/hint": [0.25, 0.25, 0.25],
+}
+
+
+@pytest.mark.parametrize("tag", CURVES)
+def test_scalars_of_all_epochs_count_from_1(logged, tag):
+    assert curve(logged, tag) == list(enumerate(CURVES[tag], start=1))
+
+
+def test_speed_is_a_scalar_of_every_epoch(logged):
+    assert curve(logged, "run/images_per_second") == [(1, 99), (2, 99), (3, 99)]
+
+
+def test_metrics_of_the_test_split_are_scalars_of_the_last_epoch(logged):
+    assert curve(logged, "test/top1_error") == [(3, 25)]
+
+
+@pytest.mark.parametrize("tag", ["run/alpha_t", "exit 1/nll"])
+def test_values_that_are_null_are_no_scalars(logged, tag):
+    assert tag not in logged.events.Tags()["scalars"]
+
+
+def test_three_figures_are_written(logged):
+    names = {"figures/training_images", "figures/predictions", "figures/mistakes"}
+    assert set(logged.events.Tags()["images"]) == names
+
+
+def test_log_file_holds_what_was_printed(logged):
+    assert logged.log == logged.out
+
+
+def test_headline_and_notes_are_printed_first(logged):
+    assert logged.out.startswith("run: resnet18\nnote: slow\n")
+
+
+def test_a_line_is_printed_for_each_epoch_that_was_trained(logged):
+    printed = [f"epoch {number}/3" in logged.out for number in (1, 2, 3)]
+    assert printed == [False, True, True]
+
+
+def test_time_left_is_printed(logged):
+    assert "0:00:03 left" in logged.out
+
+
+def hparams(logged, name: str):
+    """A summary of TensorBoard's HParams plugin."""
+    content = logged.events.PluginTagToContent("hparams")[f"_hparams_/{name}"]
+    return HParamsPluginData.FromString(content)
+
+
+def test_flags_stand_in_the_hparams_tab(logged):
+    flags = hparams(logged, "session_start_info").session_start_info.hparams
     shown = {name: value.string_value or value.number_value for name, value in flags.items()}
     assert shown == {"lr": 0.1, "a_method": "True", "lr_decay_schedule": "[5, 7]", "limit_val": "None"}
-    columns = {column.name.tag for column in hparams["_hparams_/experiment"].experiment.metric_infos}
-    assert {"final/nll", "ensemble/top1_error", "test/top1_error"} <= columns <= found.keys()
 
 
-def test_console_tables_and_tensorboard_show_the_six_metrics_only(tmp_path, capsys):
-    scalars = log_run(tmp_path).Tags()["scalars"]
-    out = capsys.readouterr().out
-    for name, metric in METRICS.items():
-        assert (f"  {metric.heading} " in out) == metric.shown
-        for group in ("final", "exit 2", "ensemble", "test"):
-            assert (f"{group}/{name}" in scalars) == metric.shown
+def test_columns_of_the_hparams_tab_are_scalars(logged):
+    infos = hparams(logged, "experiment").experiment.metric_infos
+    columns = {info.name.tag for info in infos}
+    assert {"final/nll", "ensemble/top1_error", "test/top1_error"} <= columns
+    assert columns <= set(logged.events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_console_and_tensorboard_show_the_six_metrics_only(logged, name):
+    metric = METRICS[name]
+    assert (f"  {metric.heading} " in logged.out) == metric.shown
+    for classifier in ("final", "exit 2", "ensemble", "test"):
+        assert (f"{classifier}/{name}" in logged.events.Tags()["scalars"]) == metric.shown
 
 
 def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
@@ -93,18 +159,25 @@ def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("scripts/requirements.txt") == 1
 
 
-def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path, monkeypatch):
-    tracebacks = []
-    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path):
     log = Logger(tmp_path, 3)
     shutil.rmtree(tmp_path / "tensorboard")
-    lost = tmp_path / "tensorboard" / tmp_path.name / "x"
-    thread = threading.Thread(target=lost.touch)  # as TensorBoard's own, which is slower
-    thread.start()
-    thread.join()
+    lost = tmp_path / "tensorboard" / tmp_path.name
     with pytest.raises(OSError) as error:
         log.epoch(record(0, 30.0))
-    assert error.value.filename == str(tmp_path / "tensorboard" / tmp_path.name) and not tracebacks
+    assert error.value.filename == str(lost)
+
+
+def test_error_of_tensorboards_own_thread_prints_no_traceback(tmp_path, monkeypatch):
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    monkeypatch.setattr(threading, "__excepthook__", tracebacks.append)
+    Logger(tmp_path, 3)
+    lost = tmp_path / "lost" / "events"
+    thread = threading.Thread(target=lost.touch)
+    thread.start()
+    thread.join()
+    assert not tracebacks
 
 
 def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
@@ -113,52 +186,107 @@ def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "experiment.log").read_text() == "text\n"
 
 
-@pytest.mark.parametrize(("directory", "terminal"), [("run", True), ("run", False), (None, True)])
-def test_bar_on_the_main_process_terminal_only(tmp_path, monkeypatch, directory, terminal):
+def draw_bar(directory: Path | None, is_terminal: bool, monkeypatch) -> str:
+    """What two batches write to standard error."""
     stream = io.StringIO()
-    stream.isatty = lambda: terminal
+    stream.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr("tqdm.std.time", iter(range(0, 1000, 2)).__next__)  # every look at the clock is 2 s later
-    log = Logger(directory and tmp_path, 3)
-    meter = SimpleNamespace(num_images=0, local_means=lambda: {"loss": 1.25, "top1_error": float(meter.num_images)})
-    for _, labels, _ in log.bar(FakeLoader(), meter):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("tqdm.std.time", clock.__next__)  # every look at the clock is 2 s later
+    meter = SimpleNamespace(num_images=0)
+    meter.local_means = lambda: {"loss": 1.25, "top1_error": float(meter.num_images)}
+    for _, labels, _ in Logger(directory, 3).bar(FakeLoader(), meter):
         meter.num_images += len(labels)
-    assert ("top-1 err 4.0 %" in stream.getvalue()) == bool(stream.getvalue()) == bool(directory and terminal)
+    return stream.getvalue()
 
 
-def test_image_sheets_pair_images_and_names():
-    ((_, training),) = figures.training_images(FakeLoader())
-    _, (_, mistakes) = figures.predictions(LOGITS, LABELS, FakeLoader())
-    first, second = (
-        [(a.images[0].get_array()[0, 0, 0], *a.get_title().split("\n")) for a in f.axes] for f in (training, mistakes)
-    )
-    names = [name[:24] for name in FakeLoader.class_names]
-    assert first == [(10 * i, names[i % 3]) for i in range(4)]
-    # The most confident first: row 1 with a logit of 4, then row 3 with 3.
-    probability = LOGITS.softmax(dim=1)
-    assert second[0] == (10, names[1], names[0], f"{100 * probability[1, 0]:.1f} %")
-    assert second[1:] == [(30, names[0], names[1], f"{100 * probability[3, 1]:.1f} %")]
+def test_bar_shows_the_error_so_far(tmp_path, monkeypatch):
+    assert "top-1 err 4.0 %" in draw_bar(tmp_path, True, monkeypatch)
+
+
+def test_no_bar_without_a_terminal(tmp_path, monkeypatch):
+    assert draw_bar(tmp_path, False, monkeypatch) == ""
+
+
+def test_no_bar_in_other_processes(monkeypatch):
+    assert draw_bar(None, True, monkeypatch) == ""
+
+
+def sheet_of(figure) -> list[list]:
+    """Of each image of a sheet, its colour and the lines above it."""
+    found = []
+    for axis in figure.axes:
+        colour = axis.images[0].get_array()[0, 0, 0]
+        found.append([colour, *axis.get_title().split("\n")])
+    return found
+
+
+NAMES = [name[:24] for name in FakeLoader.class_names]
+
+
+def test_sheet_of_training_images_names_their_classes():
+    ((_, figure),) = figures.training_images(FakeLoader())
+    first, second, third = NAMES
+    assert sheet_of(figure) == [[0, first], [10, second], [20, third], [30, first]]
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_class_names_that_the_font_lacks_give_no_warning():
+    for _, figure in figures.training_images(FakeLoader()):
+        figure.savefig(io.BytesIO())
+
+
+def test_sheet_of_mistakes_names_true_and_predicted_class_the_most_confident_first():
+    _, (_, figure) = figures.predictions(LOGITS, LABELS, FakeLoader())
+    first, second, _ = NAMES
+    # softmax of (4, 0, 0) and of (0, 3, 0)
+    assert sheet_of(figure) == [[10, second, first, "96.5 %"], [30, first, second, "90.9 %"]]
 
 
 def test_reliability_diagram_shows_means_over_runs_of_the_bins_that_all_have():
-    first, second = ([0.95, 0.95, 0.55, 0.55], [1, 0, 0, 0]), ([0.91, 0.91, 0.51, 0.05], [0, 0, 1, 1])
-    runs = [tuple(torch.tensor(values, dtype=torch.float64) for values in run) for run in (first, second)]
+    first = (torch.tensor([0.95, 0.95, 0.55, 0.55]).double(), torch.tensor([1, 0, 0, 0]).double())
+    second = (torch.tensor([0.91, 0.91, 0.51, 0.05]).double(), torch.tensor([0, 0, 1, 1]).double())
     with figures.drawing() as Figure:
         axis = Figure().subplots()
-        figures.reliability_diagram(axis, runs, color="black")
+        figures.reliability_diagram(axis, [first, second], color="black")
     points = axis.collections[1]
-    assert points.get_offsets().tolist() == [pytest.approx([53, 50]), pytest.approx([93, 75])]
-    assert points.get_sizes()[0] / points.get_sizes()[1] == pytest.approx(3 / 4)  # 1.5 and 2 of 4 images
+    low, high = points.get_offsets().tolist()
+    assert low == pytest.approx([53, 50])
+    assert high == pytest.approx([93, 75])
+    small, large = points.get_sizes()
+    assert small / large == pytest.approx(3 / 4)  # 1.5 and 2 of 4 images
 
 
-def test_results_table():
+ROWS = [line.split() for line in results_table(RESULTS).splitlines()]
+
+
+def test_results_table_has_blocks_of_last_test_and_best():
     lines = results_table(RESULTS).splitlines()
-    assert [line.split()[0] for line in lines if line[0] != " "] == ["last", "last", "last", "best"]
-    rows = [line.split() for line in lines]
-    assert rows[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
-    assert [row[:2] for row in rows[4:6]] == [["final", "20.00"], ["ensemble", "19.00"]]
-    assert [row[-6] for row in rows[7:10]] == ["30.00", "25.00", "24.00"]  # on the test split
-    assert rows[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
-    assert all(number in lines[13] for number in ("0.70", "24.50 %", " 65 %"))  # threshold, error, multiply-adds
-    same = {"last": record(2, 18.0), "best": record(2, 18.0)}
-    assert results_table(same).count("final") == results_table({"last": record(2, 18.0)}).count("final") == 1
+    titles = [line.split()[0] for line in lines if line[0] != " "]
+    assert titles == ["last", "last", "last", "best"]
+
+
+def test_results_table_has_a_row_for_each_trained_classifier():
+    assert ROWS[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
+    assert ROWS[4][:2] == ["final", "20.00"]
+    assert ROWS[5][:2] == ["ensemble", "19.00"]
+
+
+def test_results_table_has_the_test_split():
+    errors = [row[-6] for row in ROWS[7:10]]
+    assert errors == ["30.00", "25.00", "24.00"]
+
+
+def test_results_table_has_what_a_temperature_changes():
+    assert ROWS[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
+
+
+def test_results_table_has_threshold_error_and_cost_of_early_exit():
+    line = results_table(RESULTS).splitlines()[13]
+    for number in ("0.70", "24.50 %", " 65 %"):
+        assert number in line
+
+
+@pytest.mark.parametrize("results", [{"last": record(2, 18.0), "best": record(2, 18.0)}, {"last": record(2, 18.0)}])
+def test_results_table_has_one_block_for_one_epoch(results):
+    assert results_table(results).count("final") == 1

@@ -1,140 +1,197 @@
-"""The command end to end, on forty synthetic images: what a run writes, evaluation, errors that become one line."""
+"""The command end to end, on forty synthetic images: what each combination of methods writes."""
 
 import itertools
-import json
 import math
-import shlex
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, files, make_small, one_line, read, read_records, run, save_photos, val_only
+from helpers import ALL, make_small, read, read_records, run
 
-import main
 from data import build_loaders
 from models import load_run
 from utils import run_directory
 from utils.calibration import calibrate, fit_temperature
 from utils.engine import evaluate, predict
-from utils.machine import MACHINE_FACTS
+from utils.machine import ENVIRONMENT
 from utils.metrics import METRICS
 
-COMBINATIONS = [" ".join(methods) for n in range(4) for methods in itertools.combinations(ALL, n)]
-COMBINATIONS += ["--BYOT --BYOT_from_k_block 2", "--DML --DML_on_output"]
-EXITS_TRAINED = {"": [], "--PSKD": [], "--DML": [False] * 3, "--PSKD --DML": [False] * 3}  # all others: all three
-EXITS_TRAINED["--BYOT --BYOT_from_k_block 2"] = [False, True, True]
+COMBINATIONS = ["--BYOT --BYOT_from_k_block 2", "--DML --DML_on_output"]
+for number in range(len(ALL) + 1):
+    COMBINATIONS += map(" ".join, itertools.combinations(ALL, number))
 
 
-@pytest.mark.parametrize("flags", COMBINATIONS)
-def test_every_combination_writes_what_the_design_says(flags, tmp_path):
-    directory = tmp_path / "run"
-    assert run(directory, *flags.split(), "--save_predictions", "--lr_decay_schedule", "1") == 0
-    records, results, config = read_records(directory), read(directory), read(directory, "config.json")
-    terms = {"ce"} | ({"byot_ce", "byot_kl", "byot_hint"} if "--BYOT" in flags else set())
-    terms |= {"dml"} if "--DML" in flags else set()
-    for t, record in enumerate(records):
-        assert record["epoch"] == t and record["lr"] == pytest.approx(0.05 * 0.1**t)
-        assert record["alpha_t"] == (0.4 * (t + 1) if "--PSKD" in flags else None)
+class Written(SimpleNamespace):
+    """A finished run of two epochs: its flags and what it wrote."""
+
+    def __init__(self, flags: str, directory: Path):
+        super().__init__(flags=flags, directory=directory)
+        self.records = read_records(directory)
+        self.results = read(directory)
+        self.config = read(directory, "config.json")
+
+    def trained_exits(self) -> list[bool]:
+        if "--BYOT_from_k_block" in self.flags:
+            return [False, True, True]
+        if "--BYOT" in self.flags:
+            return [True, True, True]
+        if "--DML" not in self.flags:
+            return []
+        on_output = "--DML_on_output" in self.flags
+        return [on_output] * 3
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS)
+def written(request, tmp_path_factory) -> Written:
+    directory = tmp_path_factory.mktemp("combinations") / "run"
+    assert run(directory, *request.param.split(), "--save_predictions", "--lr_decay_schedule", "1") == 0
+    return Written(request.param, directory)
+
+
+def test_records_count_epochs_from_zero(written):
+    assert [record["epoch"] for record in written.records] == [0, 1]
+
+
+def test_records_hold_the_learning_rate(written):
+    rates = [record["lr"] for record in written.records]
+    assert rates == pytest.approx([0.05, 0.005])
+
+
+def test_alpha_t_grows_with_the_epochs_of_pskd_alone(written):
+    found = [record["alpha_t"] for record in written.records]
+    expected = [0.4, 0.8] if "--PSKD" in written.flags else [None, None]
+    assert found == expected
+
+
+def test_records_name_the_terms_of_the_loss_which_add_up(written):
+    terms = {"ce"}
+    if "--BYOT" in written.flags:
+        terms |= {"byot_ce", "byot_kl", "byot_hint"}
+    if "--DML" in written.flags:
+        terms |= {"dml"}
+    for record in written.records:
+        train = record["train"]
+        assert train.keys() == {"loss", "top1_error"} | terms
+        total = sum(train[term] for term in terms)
+        assert train["loss"] == pytest.approx(total)
+
+
+def test_records_hold_what_training_validation_and_saving_took(written):
+    first, second = written.records
+    for record in (first, second):
         assert record["images_per_second"] == pytest.approx(40 / record["seconds"])
-        assert record["seconds_validation"] > 0 and (record["seconds_saving"] > 0) == (t > 0)
-        assert record["train"].keys() == {"loss", "top1_error"} | terms
-        assert record["train"]["loss"] == pytest.approx(sum(record["train"][term] for term in terms))
-        for metrics in filter(None, (record["val"], record["ensemble"], *record["exits"])):
+        assert record["seconds_validation"] > 0
+    assert first["seconds_saving"] == 0  # of the save before it
+    assert second["seconds_saving"] > 0
+
+
+def test_every_metric_of_every_classifier_is_finite(written):
+    for record in written.records:
+        for metrics in (record["val"], record["ensemble"], *record["exits"]):
+            if metrics is None:
+                continue
             assert metrics.keys() == METRICS.keys()
-            assert all(value is None or math.isfinite(value) for value in metrics.values())
-    seconds = [r["seconds"] + r["seconds_validation"] + r["seconds_saving"] for r in records]
-    times = [sum(seconds) / 3600, (records[0]["seconds"] + records[1]["seconds"]) / 2]
-    assert [results.pop("hours"), results.pop("seconds_per_epoch")] == pytest.approx(times)
-    best = min(records, key=lambda record: record["val"]["top1_error"])
-    assert results == {"status": "finished", "epochs": 2, "last": records[1], "best": best}
-    assert config["precision"] == "fp32" and config["overwrite"] is False and config["PSKD"] == ("--PSKD" in flags)
-    assert config["starts"] == [{"epoch": 0} | {key: config[key] for key in MACHINE_FACTS}]
-    assert config["data"]["class_names"][9] == "hue 0, width 9" and config["data"]["mean"] == [0.5] * 3
-    saved = {name: torch.from_numpy(array) for name, array in np.load(directory / "predictions.npz").items()}
-    logits = torch.stack([*saved.get("exit_logits", ()), saved["logits"]])
-    trained = EXITS_TRAINED.get(flags, [True] * 3)
-    assert logits.shape == (len(trained) + 1, 20, 10) and logits.dtype == torch.float32
-    assert evaluate(logits, saved["labels"], trained) == {k: records[1][k] for k in ("val", "exits", "ensemble")}
+            values = [value for value in metrics.values() if value is not None]
+            assert all(map(math.isfinite, values))
 
 
-def test_val_split_gives_a_test_block_and_without_it_nothing_is_fitted(tmp_path, monkeypatch):
-    """The first epoch is made the best one, so that the two blocks have different weights."""
-    assert run(tmp_path / "plain", *ALL) == 0 and "test" not in read(tmp_path / "plain")
-    monkeypatch.setattr(run_directory, "best_record", lambda history: history[0] if history else None)
-    assert run(tmp_path / "run", *ALL, "--val_split", "0.5") == 0
-    make_small(monkeypatch)
-    for name, epoch in (("last", 1), ("best", 0)):
-        block = read(tmp_path / "run")["test"][name]
-        model, info = load_run(tmp_path / "run", name)
-        loaders = [build_loaders(info["args"], "cpu", split=split) for split in ("val", "test")]
-        (held_logits, held_labels), (logits, labels) = (predict(model, loader, "fp32") for loader in loaders)
-        expected = {"epoch": epoch, **evaluate(logits, labels, [True] * 3)}
-        assert len(held_labels) == len(labels) == 20 and expected == {key: block[key] for key in expected}
-        assert block["temperatures"] == [fit_temperature(z, held_labels) for z in held_logits] == info["temperatures"]
-        assert {name: block[name] for name in ("temperatures", "calibrated")} == calibrate(
-            (held_logits, held_labels), (logits, labels), [True] * 3
-        )
-        curve, chosen = block["early_exit"]["curve"], block["early_exit"]["chosen"]
-        assert curve[-1]["accuracy"] == pytest.approx(100 - block["val"]["top1_error"])
-        assert chosen in curve and chosen["heldout_accuracy"] >= curve[-1]["heldout_accuracy"] - 0.5
+def test_results_hold_the_last_and_the_best_epoch(written):
+    results = dict(written.results)
+    del results["hours"], results["seconds_per_epoch"]
+    best = min(written.records, key=lambda record: record["val"]["top1_error"])
+    last = written.records[1]
+    assert results == {"status": "finished", "epochs": 2, "last": last, "best": best}
 
 
-@pytest.fixture
-def folders(tmp_path) -> Path:
-    """A finished run with no flag at its default, on a folder of classes beside it, whose cache is gone."""
-    save_photos(tmp_path / "photos")
-    flags = "--BYOT --data_type folder --width 8 --num_resnet_blocks 2 --image_size 24 --val_split 0.3 --classes 2"
-    assert run(tmp_path / "run", *flags.split(), "--data_path", str(tmp_path / "photos")) == 0
-    (tmp_path / "photos" / "decoded-images.npz").unlink()
-    return tmp_path
+def test_results_hold_hours_and_seconds_per_epoch(written):
+    training = [record["seconds"] for record in written.records]
+    total = sum(training)
+    for record in written.records:
+        total += record["seconds_validation"] + record["seconds_saving"]
+    assert written.results["hours"] == pytest.approx(total / 3600)
+    assert written.results["seconds_per_epoch"] == pytest.approx(sum(training) / 2)
 
 
-def test_val_only_takes_flags_from_the_checkpoint_and_writes_val_json_only(folders, monkeypatch, capsys):
-    monkeypatch.chdir(folders)
-    before, last = files(folders), read(folders / "run")["last"]
-    line = (folders / "run" / "experiment.log").read_text().split("evaluate again: python main.py ")[1].splitlines()[0]
-    assert main.main([*shlex.split(line), "--device", "cpu"]) == 0
-    written = folders / "experiments" / "val_only" / "val.json"
-    found = json.loads(written.read_text())
-    assert found.pop("checkpoint") == str(folders / "run" / "checkpoint_last.pth")
-    recorded = read(folders / "run", "config.json")["data"]["splits"]["val"]
-    assert found.pop("images") == found.pop("images_of_the_run") == recorded
-    assert found == {key: last[key] for key in ("epoch", "val", "exits", "ensemble")}
-    assert files(folders).keys() - before.keys() == {written} and files(folders).items() >= before.items()
-    (folders / "photos").rename(folders / "moved")
-    assert val_only(folders / "run", folders / "out") == 1
-    assert str(folders / "photos") in one_line(capsys) and not (folders / "photos").exists()
-    words = ("--data_path", str(folders / "moved"), "--precision", "bf16", "--label_smoothing", "0")
-    assert val_only(folders / "run", folders / "out", *words) == 0
-    assert val_only(folders / "run", folders / "out", "--PSKD", "--width", "4") == 1
-    assert "--PSKD False -> True, --width 8 -> 4" in one_line(capsys)
+def test_config_holds_every_flag_and_where_it_ran(written):
+    config = written.config
+    assert config["precision"] == "fp32"
+    assert config["overwrite"] is False
+    assert config["PSKD"] == ("--PSKD" in written.flags)
+    facts = {name: config[name] for name in ENVIRONMENT}
+    assert config["starts"] == [{"epoch": 0, **facts}]
 
 
-def test_val_only_on_a_directory_of_runs_goes_past_bad_ones(folders, monkeypatch, capsys):
-    good = torch.load(folders / "run" / "checkpoint_last.pth", weights_only=True)
-    changes = {"c": {"width": -5}, "d": {"image_size": 7}, "e": {"seed": "four"}, "f": {"data_path": "new"}}
-    for name in "abcdefgh":
-        forged = {**good, "args": good["args"] | changes.get(name, {})}
-        forged["model"] = {key: tensor * (math.nan if name == "b" else 1) for key, tensor in good["model"].items()}
-        (folders / "runs" / name).mkdir(parents=True)
-        torch.save("foreign" if name == "g" else forged, folders / "runs" / name / "checkpoint_last.pth")
-    outcomes = [RuntimeError("a mistake"), mock.DEFAULT]  # of runs a and h
-    monkeypatch.setattr(main, "predict", mock.Mock(wraps=predict, side_effect=outcomes))
-    monkeypatch.chdir(folders)
-    assert val_only(folders / "runs", folders / "all") == 1
-    error = one_line(capsys)
-    named = (
-        "7 of 8",
-        "a: a mistake",
-        "b/",
-        "not finite",
-        "--width: -5",
-        "--image_size",
-        "manual_seed",
-        "new is not a directory",
-        "g/",
-    )
-    assert all(words in error for words in named), error
-    assert read(folders / "all", "val.json").keys() == {str(folders / "runs" / "h")} and not (folders / "new").exists()
+def test_config_holds_class_names_and_mean(written):
+    data = written.config["data"]
+    assert data["class_names"][9] == "hue 0, width 9"
+    assert data["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_predictions_of_all_classifiers_give_the_recorded_metrics(written):
+    saved = np.load(written.directory / "predictions.npz")
+    logits = saved["logits"][None]
+    if "exit_logits" in saved:
+        logits = np.concatenate([saved["exit_logits"], logits])
+    trained = written.trained_exits()
+    assert logits.shape == (len(trained) + 1, 20, 10)
+    assert logits.dtype == np.float32
+    labels = torch.from_numpy(saved["labels"])
+    measured = evaluate(torch.from_numpy(logits), labels, trained)
+    assert measured.items() <= written.records[1].items()
+
+
+@pytest.fixture(scope="module")
+def held_out_run(tmp_path_factory) -> Path:
+    """A run with held-out images, whose first epoch is made the best one, so that the two have different weights."""
+    directory = tmp_path_factory.mktemp("held_out") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "best_record", lambda history: history[0] if history else None)
+        assert run(directory, *ALL, "--val_split", "0.5") == 0
+    return directory
+
+
+@pytest.fixture(scope="module", params=["last", "best"])
+def evaluated(request, held_out_run) -> SimpleNamespace:
+    """A block of `test`, and what it is measured from: logits and labels of the held-out and of the test images."""
+    model, info = load_run(held_out_run, request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        val_loader = build_loaders(info["args"], "cpu", split="val")
+        test_loader = build_loaders(info["args"], "cpu", split="test")
+    held_out = predict(model, val_loader, "fp32")
+    tested = predict(model, test_loader, "fp32")
+    block = read(held_out_run)["test"][request.param]
+    return SimpleNamespace(name=request.param, block=block, info=info, held_out=held_out, tested=tested)
+
+
+def test_block_holds_the_metrics_of_its_epoch_on_the_test_split(evaluated):
+    logits, labels = evaluated.tested
+    assert len(labels) == 20
+    measured = evaluate(logits, labels, [True] * 3)
+    assert measured.items() <= evaluated.block.items()
+    epochs = {"last": 1, "best": 0}
+    assert evaluated.block["epoch"] == epochs[evaluated.name]
+
+
+def test_temperatures_are_fitted_on_the_held_out_images(evaluated):
+    logits, labels = evaluated.held_out
+    assert len(labels) == 20
+    fitted = [fit_temperature(of_classifier, labels) for of_classifier in logits]
+    assert evaluated.block["temperatures"] == fitted
+    assert evaluated.info["temperatures"] == fitted
+
+
+def test_block_holds_the_metrics_after_calibration(evaluated):
+    calibrated = calibrate(evaluated.held_out, evaluated.tested, [True] * 3)
+    assert calibrated.items() <= evaluated.block.items()
+
+
+def test_chosen_early_exit_keeps_the_held_out_accuracy(evaluated):
+    early_exit = evaluated.block["early_exit"]
+    never = early_exit["curve"][-1]
+    assert never["accuracy"] == pytest.approx(100 - evaluated.block["val"]["top1_error"])
+    chosen = early_exit["chosen"]
+    assert chosen in early_exit["curve"]
+    assert chosen["heldout_accuracy"] >= never["heldout_accuracy"] - 0.5

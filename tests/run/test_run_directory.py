@@ -3,7 +3,6 @@
 import itertools
 import os
 import resource
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import SMALL, before_step, bits, content, files, one_line, read, read_records, run, train
+from helpers import SMALL, before_step, bits, content, files, read, read_checkpoint, read_records, run, train
 
 import main
 from utils import checkpoint, run_directory
@@ -21,84 +20,128 @@ STEPS = 2  # per epoch
 DISK = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("experiments") / "finished"
+def interrupt(monkeypatch, epoch: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal in the middle of an epoch, counted from those that are trained."""
+    before_step(monkeypatch, STEPS * epoch + 1, lambda step: os.kill(os.getpid(), number))
+
+
+STOPS = [  # the epoch in which a signal arrives, the signal, and what is printed
+    (0, signal.SIGTERM, "interrupted: nothing saved yet; rerunning starts from scratch"),
+    (1, signal.SIGINT, "interrupted: 1 epoch(s) are saved"),
+    (2, signal.SIGUSR1, "interrupted: 2 epoch(s) are saved"),
+]
+
+
+@pytest.mark.parametrize(("epoch", "number", "printed"), STOPS)
+def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, printed, finished, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    interrupt(monkeypatch, epoch, number)
+    assert train(directory) == 128 + number
+    assert printed in capsys.readouterr().err
+    assert read(directory)["status"] == "interrupted"
+    assert len(read_records(directory)) == epoch
     assert train(directory) == 0
+    assert content(directory) == content(finished)
+    starts = read(directory, "config.json")["starts"]
+    assert [start["epoch"] for start in starts] == sorted({0, epoch})
+
+
+def test_full_disk_stops_a_run_that_resumes_to_the_bit(finished, tmp_path, monkeypatch, refused):
+    """No file may become larger than 20,000 bytes, from the middle of the second epoch on."""
+    directory = tmp_path / "run"
+    before_step(monkeypatch, STEPS + 1, lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, DISK[1])))
+    error = refused(train, directory)
+    resource.setrlimit(resource.RLIMIT_FSIZE, DISK)
+    assert "checkpoint_last.pth cannot be written (File too large)" in error
+    assert read(directory)["status"] == "failed"
+    assert len(read_records(directory)) == 1
+    assert train(directory) == 0
+    assert content(directory) == content(finished)
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, refused):
+    error = RuntimeError("CUDA error: operation failed during capture")
+    error.__context__ = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    before_step(monkeypatch, 0, mock.Mock(side_effect=error))
+    assert "out of memory in training with --batch_size 16" in refused(train, tmp_path / "run")
+
+
+def test_numbers_that_are_not_finite_name_epoch_and_terms(tmp_path, monkeypatch, refused):
+    before_step(monkeypatch, STEPS, lambda step: step.model.exits[1].fc.weight.data.fill_(float("inf")))
+    assert "epoch 2: ce, byot_ce, byot_kl" in refused(train, tmp_path / "run")
+    assert len(read_records(tmp_path / "run")) == 1
+
+
+@pytest.fixture(scope="module")
+def old(finished, tmp_path_factory) -> Path:
+    """The finished run after its second epoch, of an older version: its flags and records lack what has been added
+    since. The first epoch is and stays its best."""
+    directory = tmp_path_factory.mktemp("old")
+    saved = read_checkpoint(finished, PREVIOUS)
+    del saved["args"]["label_smoothing"], saved["args"]["cuda_graph"]
+    for record in saved["history"]:
+        record["val"]["top1_error"] = 0.0
+        del record["val"]["eaurc"], record["seconds_validation"], record["seconds_saving"]
+    torch.save(saved, directory / LAST)
+    best = {**saved, "epoch": 0, "history": saved["history"][:1]}
+    torch.save(best, directory / BEST)
     return directory
 
 
-def interrupt(monkeypatch, epoch: int, number: int | None = signal.SIGTERM) -> None:
-    """Send a signal in the middle of an epoch, counted from those that are trained; without one, fill the disk."""
-
-    def stop(step):
-        if number:
-            os.kill(os.getpid(), number)
-        else:  # no file may become larger than 20,000 bytes
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, DISK[1]))
-
-    before_step(monkeypatch, STEPS * epoch + 1, stop)
-
-
-@pytest.mark.parametrize(("epoch", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGHUP), (1, None)])
-def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, finished, tmp_path, monkeypatch, capsys):
-    interrupt(monkeypatch, epoch, number)
-    assert train(tmp_path / "run") == (128 + number if number else 1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, DISK)
-    kept = f"interrupted: {epoch} epoch(s) are saved" if epoch else "nothing saved yet; rerunning starts from scratch"
-    assert (kept if number else "checkpoint_last.pth cannot be written (File too large)") in capsys.readouterr().err
-    assert read(tmp_path / "run")["status"] == ("interrupted" if number else "failed")
-    assert len(read_records(tmp_path / "run")) == epoch and train(tmp_path / "run") == 0
-    assert content(tmp_path / "run") == content(finished)
-    assert len(read(tmp_path / "run", "config.json")["starts"]) == (2 if epoch else 1)
+@pytest.fixture(scope="module")
+def resumed(old, tmp_path_factory) -> Path:
+    """It, resumed in another directory, interrupted there in the first epoch, and finished by the same command."""
+    new = tmp_path_factory.mktemp("resumed") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 0)
+        assert train(new, "--resume", str(old)) == 143
+    assert read_records(new) == read_checkpoint(old)["history"]
+    assert train(new, "--resume", str(old)) == 0
+    return new
 
 
-def test_out_of_memory_and_numbers_that_are_not_finite_are_one_line(tmp_path, monkeypatch, capsys):
-    error = RuntimeError("CUDA error: operation failed during capture")
-    error.__context__ = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    before_step(monkeypatch, STEPS, mock.Mock(side_effect=error))
-    assert train(tmp_path / "run") == 1 and "out of memory with --batch_size 16" in one_line(capsys)
-    before_step(monkeypatch, 0, lambda step: step.model.exits[1].fc.weight.data.fill_(float("inf")))
-    assert train(tmp_path / "run") == 1 and len(read_records(tmp_path / "run")) == 1
-    assert "epoch 2: ce, byot_ce, byot_kl" in one_line(capsys)
+def test_resumed_in_another_directory_ends_in_the_same_bits(resumed, finished):
+    ours = read_checkpoint(resumed)
+    theirs = read_checkpoint(finished)
+    for name in ("model", "optimizer", "objective"):
+        assert bits(ours[name]) == bits(theirs[name])
 
 
-def test_resumed_elsewhere_from_an_older_version_and_interrupted_there(finished, tmp_path, monkeypatch, capsys):
-    """Its flags and records lack what has been added since; a flag that it lacks counts as off."""
-    old, new = torch.load(finished / PREVIOUS, weights_only=True), tmp_path / "new"
-    del old["args"]["label_smoothing"], old["args"]["cuda_graph"]
-    for record in old["history"]:
-        record["val"]["top1_error"] = 0.0  # so that the first epoch is and stays the best
-        del record["val"]["eaurc"], record["seconds_validation"], record["seconds_saving"]
-    (tmp_path / "old").mkdir()
-    torch.save(old, tmp_path / "old" / LAST)
-    torch.save({**old, "epoch": 0, "history": old["history"][:1]}, tmp_path / "old" / BEST)
-    interrupt(monkeypatch, 0)
-    words = ("--resume", str(tmp_path / "old"))
-    assert train(new, *words) == 143 and read_records(new) == old["history"]
-    assert train(new, *words) == 0 and read_records(new)[:2] == old["history"]
-    assert [read(new)["test"][name]["epoch"] for name in ("last", "best")] == [2, 0]
-    ours, theirs = (torch.load(directory / LAST, weights_only=True) for directory in (new, finished))
-    assert all(bits(ours[name]) == bits(theirs[name]) for name in ("model", "optimizer", "objective"))
-    assert train(new, "--resume", str(finished)) == 1 and train(new, "--resume", str(new / BEST)) == 1
-    error = capsys.readouterr().err
-    assert f"holds a run that was not started from {finished}" in error and f"continues from its {LAST}" in error
+def test_resumed_in_another_directory_keeps_the_records_it_came_with(resumed, old):
+    assert read_records(resumed)[:2] == read_checkpoint(old)["history"]
 
 
-def test_a_finished_run_says_so_and_a_lost_file_is_written_again(finished, tmp_path, capsys):
-    directory = shutil.copytree(finished, tmp_path / "run")
-    before = files(directory)
-    assert train(directory) == 0 and "is finished" in capsys.readouterr().out and files(directory) == before
-    for name in ("config.json", "metrics.jsonl", "results.json", "predictions.npz"):
-        (directory / name).unlink()
-        assert train(directory) == 0 and content(directory) == content(finished)
-    for file in directory.glob("*.pth"):  # as a user may, to save room
-        file.unlink()
-    before = files(directory)
-    assert train(directory) == 1 and "--overwrite" in one_line(capsys) and files(directory) == before
+def test_resumed_in_another_directory_tests_the_best_epoch_it_came_with(resumed):
+    test = read(resumed)["test"]
+    assert test["last"]["epoch"] == 2
+    assert test["best"]["epoch"] == 0
 
 
-OTHERS = [
+def test_run_that_was_started_from_another_checkpoint_is_refused(resumed, finished, refused):
+    error = refused(train, resumed, "--resume", str(finished))
+    assert f"holds a run that was not started from {finished}" in error
+
+
+def test_other_checkpoint_of_the_same_directory_is_refused(resumed, refused):
+    error = refused(train, resumed, "--resume", str(resumed / BEST))
+    assert f"continues from its {LAST}" in error
+
+
+def test_finished_run_says_so_and_changes_nothing(finished, capsys):
+    before = files(finished)
+    assert train(finished) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "predictions.npz"])
+def test_lost_file_of_a_finished_run_is_written_again(name, finished, copied):
+    (copied / name).unlink()
+    assert train(copied) == 0
+    assert content(copied) == content(finished)
+
+
+OTHERS = [  # flags of another experiment, and how they are named
     ("--width 8 --lr 0.1", "--lr 0.05 -> 0.1, --width 4 -> 8"),
     ("--DML_on_output --limit_train 20", "--DML_on_output False -> True, --limit_train None -> 20"),
     ("--end_epoch 4", "--end_epoch 3 -> 4"),
@@ -107,11 +150,17 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("words", "named"), OTHERS)
-def test_another_experiment_is_refused_by_name(words, named, finished, tmp_path, capsys):
+def test_another_experiment_is_refused_by_name(words, named, finished, refused):
     before = files(finished)
-    assert train(finished, *words.split()) == 1 and named in one_line(capsys)
-    assert train(tmp_path / "new", *words.split(), "--resume", str(finished)) == 1 and named in one_line(capsys)
-    assert files(finished) == before and not (tmp_path / "new").exists()
+    assert named in refused(train, finished, *words.split())
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize(("words", "named"), OTHERS)
+def test_another_experiment_in_a_new_directory_is_refused_by_name(words, named, finished, tmp_path, refused):
+    new = tmp_path / "new"
+    assert named in refused(train, new, *words.split(), "--resume", str(finished))
+    assert not new.exists()
 
 
 EPOCHS = [  # top-1 error, seconds of the epoch, seconds that a write would take, whether the epoch is saved
@@ -126,45 +175,80 @@ EPOCHS = [  # top-1 error, seconds of the epoch, seconds that a write would take
 ]
 
 
+class Clock:
+    """A clock that stands still, but for what an epoch and the write of a checkpoint take."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.writing = 0.0  # seconds
+        write_atomic = checkpoint.write_atomic
+
+        def write(path, data):
+            if path.suffix == ".pth":
+                self.now += self.writing
+            write_atomic(path, data)
+
+        monkeypatch.setattr(checkpoint, "write_atomic", write)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
 def test_epochs_are_saved_by_what_saving_costs_and_records_never_run_ahead(finished, tmp_path, monkeypatch):
-    now, history, write = [0.0], [], checkpoint.write_atomic
-
-    def slow(path, data):
-        now[0] += EPOCHS[len(history) - 1][2] if path.suffix == ".pth" else 0
-        write(path, data)
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(checkpoint, "write_atomic", slow)
-    flags = vars(main.parse_args([*SMALL.split(), "--end_epoch", str(len(EPOCHS))]))
-    with run_directory.RunDirectory(tmp_path / "run", flags, main.build_parser().differences) as directory:
+    clock = Clock(monkeypatch)
+    usual = read_records(finished)[0]
+    history = []
+    args = main.parse_args([*SMALL.split(), "--end_epoch", str(len(EPOCHS))])
+    with run_directory.RunDirectory(tmp_path / "run", vars(args), main.build_parser().differences) as directory:
         directory.open()
         directory.begin({}, {}, None)
-        for epoch, (error, seconds, writing, is_saved) in enumerate(EPOCHS):
-            now[0] += seconds
-            history.append({**read_records(finished)[0], "epoch": epoch, "val": {"top1_error": error}})
-            directory.save(history[-1], lambda: {"model": {}})
-            saved = torch.load(directory.path / LAST, weights_only=True)["history"]
-            assert saved == read_records(directory.path) == history[: epoch + is_saved]
-            assert directory.seconds_saving == pytest.approx(writing if is_saved else 0)
+        for epoch, (error, seconds, clock.writing, is_saved) in enumerate(EPOCHS):
+            clock.now += seconds
+            record = {**usual, "epoch": epoch, "val": {"top1_error": error}}
+            history.append(record)
+            directory.save(record, lambda: {"model": {}})
+            saved = history if is_saved else history[:-1]
+            assert read_checkpoint(directory.path)["history"] == saved
+            assert read_records(directory.path) == saved
+            assert directory.seconds_saving == pytest.approx(clock.writing if is_saved else 0)
 
 
-@pytest.mark.parametrize("how", ["renamed", ".lock deleted"])
-@pytest.mark.parametrize("number", [2, 3])  # validation of the last epoch, and after its checkpoint
-def test_a_run_that_lost_its_directory_writes_nothing_into_it(how, number, tmp_path, monkeypatch, capsys):
-    directory, calls, written, predict = tmp_path / "run", itertools.count(), [], main.predict
+class Successor:
+    """Another run, which comes to the name of the first one before its prediction of a number, counted from 0.
 
-    def predict_later(*args):
-        """Meanwhile another run comes to the name of this one, but not while it holds the lock."""
-        if next(calls) == number:
-            assert run(directory, "--overwrite") == 1 and "is in use by another run" in one_line(capsys)
-            directory.rename(tmp_path / "away") if how == "renamed" else (directory / ".lock").unlink()
-            assert run(directory, "--overwrite") == 0
-            (directory / "experiment.log").unlink()
-            written.append(files(directory))
-        return predict(*args)
+    It cannot while the first one holds the lock: the directory is renamed, or the lock deleted.
+    """
 
-    monkeypatch.setattr(main, "predict", predict_later)
-    message = "was renamed or its .lock removed" if number == 2 else "does not match"  # the other run's checkpoint
-    assert train(directory) == 1 and message in one_line(capsys)
-    assert [files(directory)] == written
-    assert read(directory, "config.json")["overwrite"] is True and not (directory / "predictions.npz").exists()
+    def __init__(self, monkeypatch, directory: Path, how: str, number: int, refused):
+        predict = main.predict
+        numbers = itertools.count()
+
+        def predict_later(*args):
+            if next(numbers) == number:
+                assert "is in use by another run" in refused(run, directory, "--overwrite")
+                if how == "renamed":
+                    directory.rename(directory.with_name("away"))
+                else:
+                    (directory / ".lock").unlink()
+                assert run(directory, "--overwrite") == 0
+                (directory / "experiment.log").unlink()
+                self.written = files(directory)
+            return predict(*args)
+
+        monkeypatch.setattr(main, "predict", predict_later)
+
+
+VALIDATION, AFTER_LAST_CHECKPOINT = 2, 3  # of the last epoch
+LOST = [  # what becomes of the directory, when, and what is said
+    ("renamed", VALIDATION, "was renamed or its .lock removed"),
+    (".lock deleted", VALIDATION, "was renamed or its .lock removed"),
+    ("renamed", AFTER_LAST_CHECKPOINT, "does not match"),  # the other run's checkpoint
+    (".lock deleted", AFTER_LAST_CHECKPOINT, "does not match"),
+]
+
+
+@pytest.mark.parametrize(("how", "number", "message"), LOST)
+def test_run_that_lost_its_directory_writes_nothing_into_it(how, number, message, tmp_path, monkeypatch, refused):
+    directory = tmp_path / "run"
+    successor = Successor(monkeypatch, directory, how, number, refused)
+    assert message in refused(train, directory)
+    assert files(directory) == successor.written
+    assert read(directory, "config.json")["overwrite"] is True

@@ -15,8 +15,16 @@ def seeded(seed):
 
 def random_images(num, height, width):
     images = torch.randint(256, (num, height, width, 3), dtype=torch.uint8, generator=seeded(0))
-    images[:, : height // 2] = images[:, : height // 2, :1]  # flat areas beside the noise
+    upper_half = images[:, : height // 2]
+    upper_half[:] = upper_half[:, :, :1]  # flat areas beside the noise
     return images
+
+
+def flip_if(flip, image):
+    """(3, S, S) -> (S, S, 3), mirrored or not."""
+    if flip:
+        image = reference.horizontal_flip(image)
+    return image.permute(1, 2, 0)
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
@@ -26,68 +34,117 @@ def test_crop_has_torchvisions_pixels(size):
     draws = torch.cartesian_prod(offsets, offsets, torch.arange(2))
     images = random_images(len(draws), size, size)
     result = augment.crop(images, draws, size)
+    assert result.shape == images.shape
     assert result.dtype == torch.uint8
-    for image, (top, left, flip), got in zip(images, draws.tolist(), result, strict=True):
-        expected = reference.crop(reference.pad(image.permute(2, 0, 1), [padding] * 4), top, left, size, size)
-        assert torch.equal(got.permute(2, 0, 1), reference.horizontal_flip(expected) if flip else expected)
+    padded = reference.pad(images.permute(0, 3, 1, 2), [padding] * 4)
+    for i, (top, left, flip) in enumerate(draws.tolist()):
+        cropped = reference.crop(padded[i], top, left, size, size)
+        assert torch.equal(result[i], flip_if(flip, cropped))
 
 
 def test_crop_offsets_and_flips_are_uniform_and_independent():
     draws = augment.draw_crops(90_000, 32, 32, seeded(1))
-    counts = torch.bincount(draws[:, 0] * 18 + draws[:, 1] * 2 + draws[:, 2], minlength=162)
+    top, left, flip = draws.unbind(dim=1)
+    outcome = top * 18 + left * 2 + flip
+    counts = torch.bincount(outcome, minlength=162)
     assert len(counts) == 162  # 9 x 9 offsets, 0 to 2 x 4, with and without a flip
-    chi_squared = ((counts - 90_000 / 162) ** 2 / (90_000 / 162)).sum()
+    expected = 90_000 / 162
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 231  # 161 degrees of freedom: exceeded by chance once in 4,000
 
 
-@pytest.mark.parametrize("height, width, size", [(64, 64, 32), (64, 64, 64), (24, 40, 32), (50, 30, 16), (1, 1, 16)])
-def test_resized_crop_has_torchvisions_pixels(height, width, size):
+def boxes_with_extremes(height, width):
+    """60 draws, the complete image, the last pixel and the first row."""
     draws = augment.draw_boxes(60, height, width, seeded(2))
-    extremes = [[0, 0, height, width, 0], [height - 1, width - 1, 1, 1, 1], [0, 0, 1, width, 1]]
-    draws = torch.cat([draws, torch.tensor(extremes)])
+    whole = [0, 0, height, width, 0]
+    pixel = [height - 1, width - 1, 1, 1, 1]
+    row = [0, 0, 1, width, 1]
+    return torch.cat([draws, torch.tensor([whole, pixel, row])])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(64, 64, 32), (64, 64, 64), (24, 40, 32), (50, 30, 16), (1, 1, 16)]
+)
+@pytest.mark.parametrize(("dtype", "level"), [(torch.float32, 2e-3), (torch.uint8, 1.01)])
+def test_resized_crop_has_torchvisions_pixels(height, width, size, dtype, level):
+    """To within `level` of 255: torchvision rounds uint8 twice."""
+    draws = boxes_with_extremes(height, width)
     images = random_images(len(draws), height, width)
     result = augment.resized_crop(images, draws, size)
-    assert result.shape == (len(draws), size, size, 3) and result.dtype == torch.float32
-    for image, (top, left, tall, wide, flip), got in zip(images, draws.tolist(), result, strict=True):
-        for dtype, level in ((torch.float32, 2e-3), (torch.uint8, 1.01)):  # of 255; torchvision rounds uint8 twice
-            image_chw = image.permute(2, 0, 1).to(dtype)
-            expected = reference.resized_crop(image_chw, top, left, tall, wide, [size, size], antialias=True)
-            expected = reference.horizontal_flip(expected) if flip else expected
-            torch.testing.assert_close(got.permute(2, 0, 1), expected.float(), rtol=0, atol=level)
+    assert result.shape == (len(draws), size, size, 3)
+    for i, (top, left, box_height, box_width, flip) in enumerate(draws.tolist()):
+        image = images[i].permute(2, 0, 1).to(dtype)
+        cropped = reference.resized_crop(image, top, left, box_height, box_width, [size, size], antialias=True)
+        expected = flip_if(flip, cropped).float()
+        torch.testing.assert_close(result[i], expected, rtol=0, atol=level)
 
 
 def test_resized_crop_stays_float32_under_autocast():
-    images, draws = random_images(8, 64, 64), augment.draw_boxes(8, 64, 64, seeded(3))
+    images = random_images(8, 64, 64)
+    draws = augment.draw_boxes(8, 64, 64, seeded(3))
+    outside = augment.resized_crop(images, draws, 32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = augment.resized_crop(images, draws, 32)
-    assert torch.equal(inside, augment.resized_crop(images, draws, 32))
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (40, 64), (20, 90), (90, 20)])
+# In the elongated images often no box fits, and the central crop is taken.
+IMAGE_SIZES = pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 64), (20, 90), (90, 20)])
+
+
+@IMAGE_SIZES
+def test_boxes_lie_within_the_image(height, width):
+    draws = augment.draw_boxes(8000, height, width, seeded(5))
+    top, left, box_height, box_width, _ = draws.unbind(dim=1)
+    assert top.min() >= 0
+    assert left.min() >= 0
+    assert (top + box_height).max() <= height
+    assert (left + box_width).max() <= width
+
+
+@IMAGE_SIZES
+def test_half_of_the_boxes_are_flipped(height, width):
+    draws = augment.draw_boxes(8000, height, width, seeded(5))
+    flipped = draws[:, 4].double().mean()
+    assert abs(flipped - 0.5) < 0.025
+
+
+def features(boxes, height, width):
+    """Numbers that show how boxes (4, num) of top, left, height and width are distributed, jointly as well."""
+    top, left, box_height, box_width = boxes
+    area = box_height * box_width
+    ratio = box_width / box_height
+    place = (top + 1) / (height - box_height + 2)
+    mixture = top + 3 * box_width - left
+    return [top, left, area, ratio, place, mixture]
+
+
+def kolmogorov_smirnov(a, b):
+    """The largest difference between the two samples' distribution functions."""
+    values = np.concatenate([a, b])
+    below_a = np.searchsorted(np.sort(a), values, "right")
+    below_b = np.searchsorted(np.sort(b), values, "right")
+    return np.abs(below_a - below_b).max() / len(a)
+
+
+@IMAGE_SIZES
 def test_boxes_are_distributed_as_torchvisions(height, width):
-    """Two-sample Kolmogorov-Smirnov tests; in the elongated images often no box fits and the central crop is taken."""
     num = 8000
+    draws = augment.draw_boxes(num, height, width, seeded(5))
+    ours = features(draws[:, :4].T.numpy(), height, width)
     torch.manual_seed(4)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(num)]).T
-    draws = augment.draw_boxes(num, height, width, seeded(5)).numpy().T
-    assert abs(draws[4].mean() - 0.5) < 0.025  # flips
-    assert draws[:2].min() >= 0 and (draws[0] + draws[2]).max() <= height and (draws[1] + draws[3]).max() <= width
-    for feature in (
-        lambda top, left, h, w: top,
-        lambda top, left, h, w: left,
-        lambda top, left, h, w: h * w,
-        lambda top, left, h, w: w / h,
-        lambda top, left, h, w: (top + 1) / (height - h + 2),
-        lambda top, left, h, w: top + 3 * w - left,
-    ):
-        a, b = (np.sort(feature(*boxes)) for boxes in (draws[:4], theirs))
-        at = np.concatenate([a, b])
-        gap = np.abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max() / num
-        assert gap < 1.95 * (2 / num) ** 0.5  # exceeded by chance once in 1,000
+    boxes = [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(num)]
+    theirs = features(np.transpose(boxes), height, width)
+    limit = 1.95 * (2 / num) ** 0.5  # exceeded by chance once in 1,000
+    for a, b in zip(ours, theirs, strict=True):
+        assert kolmogorov_smirnov(a, b) < limit
 
 
 def test_box_is_central_where_none_fits():
     # 100 x 8: a box of a ratio up to 4/3 has at most 11 x 8 of its 800 pixels, 14 %; few attempts succeed
     draws = augment.draw_boxes(3000, 8, 100, seeded(6))
-    assert (draws[:, :4] == torch.tensor([0, 44, 8, 11])).all(dim=1).float().mean() > 0.3
+    central = torch.tensor([0, 44, 8, 11])
+    is_central = (draws[:, :4] == central).all(dim=1)
+    assert is_central.double().mean() > 0.3

@@ -44,7 +44,7 @@ def test_batches_hold_every_row_once_under_its_index(small_set, size):
         assert part.images.shape[1] == (32 if part.augmentation == "resized_crop" else size)  # crops before resizing
         assert torch.equal(index.sort().values, torch.arange(sum(sizes))) and torch.equal(labels, part.labels[index])
         torch.testing.assert_close(images[:, :, 8, 8], (part.images[index, 0, 0] / 255 - 0.5) / 0.25)
-        assert torch.equal(part.denormalise(images)[:, :, 8, 8], part.pictures(index)[:, :, 8, 8])
+        assert torch.equal(part.denormalise(images)[:, :, 8, 8], part.raw_images(index)[:, :, 8, 8])
     assert torch.equal(index, torch.arange(30))  # validation is in file order
 
 
@@ -81,7 +81,7 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch(small_set):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shards_of_the_processes_make_up_every_batch(small_set, monkeypatch, world_size):
     single, shards = [list(part) for part in build()], []
-    monkeypatch.setattr("utils.distributed.local_main_first", lambda make: make())
+    monkeypatch.setattr("utils.distributed.local_rank_0_first", lambda make: make())
     monkeypatch.setattr("utils.distributed.world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr("utils.distributed.rank", lambda rank=rank: rank)

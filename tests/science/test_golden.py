@@ -5,6 +5,7 @@ cross-entropy and ours the KL, they differ by an entropy, which is added where t
 """
 
 import json
+from math import prod
 
 import numpy as np
 import pytest
@@ -17,79 +18,145 @@ from models import MODELS, Outputs, build_model
 from utils.engine import build_schedule
 from utils.metrics import classification_metrics
 
-GOLDEN = ROOT / "tests" / "golden"
-LOSSES = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / "losses.npz").items()}
-METRICS = dict(np.load(GOLDEN / "metrics.npz"))
-NETWORKS = json.loads((GOLDEN / "models.json").read_text())
+
+def load_tensors(name):
+    arrays = np.load(ROOT / "tests" / "golden" / name)
+    return {key: torch.from_numpy(np.asarray(array)) for key, array in arrays.items()}
+
+
+LOSSES = load_tensors("losses.npz")
+METRICS = load_tensors("metrics.npz")
+NETWORKS = json.loads((ROOT / "tests" / "golden" / "models.json").read_text())
 TENSORS = ("outputs", "mid1", "mid2", "mid3", "fea_final", "fea1", "fea2", "fea3")
+LABELS = LOSSES["in_labels"]
+INDEX = torch.arange(8)
 # Relative to the largest entry: with the golden beta the features' gradients are tiny.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 PROBE_TOLERANCE = 1.8e-7  # the golden outputs of complete networks are kept in float32
+
+
+def assert_close(ours, golden, dtype=torch.float64, relative_to=None):
+    if relative_to is None:
+        relative_to = golden
+    scale = relative_to.abs().max().clamp_min(1e-300)
+    difference = (ours.double() - golden).abs().max()
+    assert difference / scale < TOLERANCE[dtype]
 
 
 def flags(*words: str):
     return parse_args(["--device", "cpu", "--precision", "fp32", *words])
 
 
-def golden_inputs(dtype) -> dict[str, torch.Tensor]:
+def golden_inputs(dtype=torch.float64) -> dict[str, torch.Tensor]:
     return {name: LOSSES[f"in_{name}"].clone().to(dtype).requires_grad_() for name in TENSORS}
 
 
 def as_outputs(x: dict) -> Outputs:
-    return Outputs(x["outputs"], x["fea_final"], (x["mid1"], x["mid2"], x["mid3"]), (x["fea1"], x["fea2"], x["fea3"]))
+    exit_logits = x["mid1"], x["mid2"], x["mid3"]
+    exit_features = x["fea1"], x["fea2"], x["fea3"]
+    return Outputs(x["outputs"], x["fea_final"], exit_logits, exit_features)
 
 
-def objective_with_past(words: list[str], dtype):
-    """The objective of those flags; with PS-KD, told the golden bank as past and the golden alpha_t."""
-    # alpha_T such that alpha_t = alpha_T (1 + 1) / 2 in the last of two epochs is the golden one
-    objective = build_objective(flags(*words, "--alpha_T", "0.37", "--end_epoch", "2"), 8, 100).to(dtype)
+def objective_with_past(*words: str, alpha_T="0.37"):
+    """The objective of those flags in the last of two epochs, in which alpha_t = alpha_T (1 + 1) / 2, the golden one;
+    with PS-KD, told the golden bank as past."""
+    objective = build_objective(flags(*words, "--alpha_T", alpha_T, "--end_epoch", "2"), 8, 100).double()
     if "--PSKD" in words:
         objective.targets.memory.copy_(LOSSES["in_bank"])
     objective.set_epoch(1)
     return objective
 
 
-def assert_close(ours, golden, dtype=torch.float64, relative_to=None):
-    scale = (golden if relative_to is None else relative_to).abs().max().clamp_min(1e-300)
-    assert ((ours.double() - golden).abs().max() / scale).item() < TOLERANCE[dtype]
+# The complete loss, in 12 combinations of methods and two types.
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", range(12))
-def test_objective_value_and_all_gradients(case, dtype):
-    on = dict(zip(("PSKD", "BYOT", "DML"), LOSSES["case_flags_PSKD_BYOT_DML"][case].tolist(), strict=True))
-    words = [f"--{name}" for name, is_on in on.items() if is_on]
-    as_published = on["DML"] and not LOSSES["case_dml_form"][case]
-    words += ["--DML_as_published"] if as_published else []
+@pytest.fixture(scope="module", params=range(12))
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request):
+    return request.param
+
+
+def flags_of_case(case) -> list[str]:
+    words = []
+    names = ("--PSKD", "--BYOT", "--DML")
+    for name, is_on in zip(names, LOSSES["case_flags_PSKD_BYOT_DML"][case], strict=True):
+        if is_on:
+            words.append(name)
+    if "--DML" in words and not LOSSES["case_dml_form"][case]:
+        words.append("--DML_as_published")
+    return words
+
+
+@pytest.fixture(scope="module")
+def result(case, dtype):
+    """Inputs, which have their gradients, loss and parts."""
     x = golden_inputs(dtype)
-    objective = objective_with_past(words, dtype)
-    loss, parts = objective(as_outputs(x), LOSSES["in_labels"], torch.arange(8))
-
-    entropy = 0.0
-    if on["BYOT"]:  # alpha tau^2 (cross-entropy - KL) for each of three exits, the teacher being the same
-        entropy = 3 * 0.1 * 9 * (LOSSES["kd_value_T3"] - LOSSES["kd_true_kl_T3"])
-    assert_close(loss.detach() + entropy, LOSSES["case_total"][case], dtype)
-    assert_close(parts["ce"], LOSSES["case_ce_final"][case], dtype)
-    byot = torch.as_tensor(sum(value for name, value in parts.items() if name.startswith("byot")))
-    assert_close(byot + entropy, LOSSES["case_byot_part"][case], dtype, LOSSES["case_total"][case])
-    if on["DML"]:
-        assert_close(parts["dml"], LOSSES["case_dml_part"][case], dtype)
-
+    objective = objective_with_past(*flags_of_case(case)).to(dtype)
+    loss, parts = objective(as_outputs(x), LABELS, INDEX)
     loss.backward()
-    for name in TENSORS:
-        gradient = x[name].grad if x[name].grad is not None else torch.zeros_like(x[name])
+    return x, loss.detach(), parts
+
+
+def byot_entropy(case):
+    """alpha tau^2 (cross-entropy - KL) for each of three exits, the teacher being the same; 0 without BYOT."""
+    if "--BYOT" not in flags_of_case(case):
+        return 0
+    entropy = LOSSES["kd_value_T3"] - LOSSES["kd_true_kl_T3"]
+    return 3 * 0.1 * 3**2 * entropy
+
+
+def test_total_loss(case, dtype, result):
+    _, loss, _ = result
+    assert_close(loss + byot_entropy(case), LOSSES["case_total"][case], dtype)
+
+
+def test_cross_entropy_part(case, dtype, result):
+    _, _, parts = result
+    assert_close(parts["ce"], LOSSES["case_ce_final"][case], dtype)
+
+
+def test_byot_part(case, dtype, result):
+    _, _, parts = result
+    byot = torch.zeros(())
+    for name, value in parts.items():
+        if name.startswith("byot"):
+            byot = byot + value
+    golden = LOSSES["case_byot_part"][case]
+    assert_close(byot + byot_entropy(case), golden, dtype, relative_to=LOSSES["case_total"][case])
+
+
+def test_dml_part(case, dtype, result):
+    _, _, parts = result
+    dml = parts.get("dml", torch.zeros(()))
+    assert_close(dml, LOSSES["case_dml_part"][case], dtype)
+
+
+def test_gradients(case, dtype, result):
+    x, _, _ = result
+    for name, tensor in x.items():
+        gradient = tensor.grad
+        if gradient is None:
+            gradient = torch.zeros_like(tensor)
         assert_close(gradient, LOSSES[f"case_grad_{name}"][case], dtype)
+
+
+# Single losses.
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_byot_from_block_k(k):
     """Hint and gradients of the exits from k on are those of the golden case that teaches all exits."""
-    byot_only = LOSSES["case_flags_PSKD_BYOT_DML"].tolist().index([0, 1, 0])
-    x = golden_inputs(torch.float64)
-    objective = objective_with_past(["--BYOT", "--BYOT_from_k_block", str(k)], torch.float64)
-    loss, parts = objective(as_outputs(x), LOSSES["in_labels"], torch.arange(8))
-    assert_close(parts["byot_hint"], 1e-6 * sum(LOSSES[f"hint_value_{i}"] for i in range(k, 4)))
+    x = golden_inputs()
+    objective = objective_with_past("--BYOT", "--BYOT_from_k_block", str(k))
+    loss, parts = objective(as_outputs(x), LABELS, INDEX)
+    hint = sum(LOSSES[f"hint_value_{i}"] for i in range(k, 4))
+    assert_close(parts["byot_hint"], 1e-6 * hint)
     loss.backward()
+    byot_only = LOSSES["case_flags_PSKD_BYOT_DML"].tolist().index([0, 1, 0])
     for i in range(1, 4):
         for name in (f"mid{i}", f"fea{i}"):
             if i < k:
@@ -100,10 +167,10 @@ def test_byot_from_block_k(k):
 
 @pytest.mark.parametrize("tau", [1, 2, 3, 4])
 def test_kd_value_and_gradient_at_temperature(tau):
-    x = golden_inputs(torch.float64)
-    objective = objective_with_past(["--BYOT", "--temperature", str(tau), "--alpha", "1", "--beta", "0"], torch.float64)
+    x = golden_inputs()
+    objective = objective_with_past("--BYOT", "--temperature", str(tau), "--alpha", "1", "--beta", "0")
     first_exit = Outputs(x["outputs"], x["fea_final"], (x["mid1"],), (x["fea1"],))
-    loss, parts = objective(first_exit, LOSSES["in_labels"], torch.arange(8))
+    loss, parts = objective(first_exit, LABELS, INDEX)
     assert_close(parts["byot_kl"], tau**2 * LOSSES[f"kd_true_kl_T{tau}"])
     loss.backward()  # with alpha = 1, what reaches mid1 is the KL's
     assert_close(x["mid1"].grad, tau**2 * LOSSES[f"kd_grad_mid1_T{tau}"])
@@ -113,108 +180,163 @@ def test_hint_on_signed_features():
     feature = LOSSES["hint_signed_fea"].clone().requires_grad_()
     logits = torch.zeros(8, 100, dtype=torch.float64)
     outputs = Outputs(logits, LOSSES["hint_signed_target"], (logits,), (feature,))
-    objective = build_objective(flags("--BYOT", "--beta", "1"), 8, 100)
-    loss, parts = objective(outputs, LOSSES["in_labels"], torch.arange(8))
+    objective = objective_with_past("--BYOT", "--beta", "1")
+    loss, parts = objective(outputs, LABELS, INDEX)
     loss.backward()
     assert_close(parts["byot_hint"], LOSSES["hint_signed_value"])
     assert_close(feature.grad, LOSSES["hint_signed_grad"])
 
 
-def test_progressive_targets_and_memory():
-    labels, index, outputs = LOSSES["in_labels"], torch.arange(8), Outputs(LOSSES["in_outputs"], feature=None)
-    for alpha, golden in zip(LOSSES["soft_alphas"].tolist(), LOSSES["soft_targets"], strict=True):
-        objective = build_objective(flags("--PSKD", "--alpha_T", str(alpha), "--end_epoch", "2"), 8, 100).double()
-        objective.targets.memory.copy_(LOSSES["in_bank"])
-        objective.set_epoch(1)
-        assert_close(objective.targets(outputs, labels, index), golden)
-        assert_close(objective.targets.memory, LOSSES["bank_after_step"])
-    objective.set_epoch(0)
-    assert torch.equal(objective.targets(outputs, labels, index), LOSSES["soft_targets_epoch0_alpha0.37"])
+OUTPUTS = Outputs(LOSSES["in_outputs"], feature=None)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_progressive_targets_and_memory(number):
+    alpha = LOSSES["soft_alphas"][number].item()
+    targets = objective_with_past("--PSKD", alpha_T=str(alpha)).targets
+    assert_close(targets(OUTPUTS, LABELS, INDEX), LOSSES["soft_targets"][number])
+    assert_close(targets.memory, LOSSES["bank_after_step"])
+
+
+def test_progressive_targets_of_the_first_epoch():
+    targets = objective_with_past("--PSKD").targets
+    targets.set_epoch(0)
+    golden = LOSSES["soft_targets_epoch0_alpha0.37"]
+    assert torch.equal(targets(OUTPUTS, LABELS, INDEX), golden)
 
 
 @pytest.mark.parametrize("epochs", [300, 3])
-def test_schedules(epochs):
-    args = flags("--PSKD", "--end_epoch", str(epochs))
-    objective, schedule = build_objective(args, 1, 2), build_schedule(args)
-    for t in range(epochs):
-        objective.set_epoch(t)
-        assert objective.alpha_t == pytest.approx(LOSSES[f"schedule_alpha_t_end{epochs}"][t].item(), rel=1e-12)
-        assert schedule(t) == pytest.approx(LOSSES[f"schedule_lr_end{epochs}"][t].item(), rel=1e-12)
+def test_alpha_t_of_every_epoch(epochs):
+    objective = build_objective(flags("--PSKD", "--end_epoch", str(epochs)), 1, 2)
+    for epoch, golden in enumerate(LOSSES[f"schedule_alpha_t_end{epochs}"]):
+        objective.set_epoch(epoch)
+        assert objective.alpha_t == pytest.approx(golden.item(), rel=1e-12)
+    assert epoch == epochs - 1
+
+
+@pytest.mark.parametrize("epochs", [300, 3])
+def test_learning_rate_of_every_epoch(epochs):
+    schedule = build_schedule(flags("--end_epoch", str(epochs)))
+    ours = [schedule(epoch) for epoch in range(epochs)]
+    golden = LOSSES[f"schedule_lr_end{epochs}"].tolist()
+    assert ours == pytest.approx(golden, rel=1e-12)
+
+
+# Metrics.
 
 
 @pytest.mark.parametrize("name", ["typical", "ties"])
 def test_metrics(name):
-    logits, labels = (torch.from_numpy(METRICS[f"{name}_{k}"]) for k in ("logits", "labels"))
-    ours = classification_metrics(logits, labels)
-    golden = {key: METRICS[f"{name}_{key}"].item() for key in ("top1_error", "top5_error")}
-    golden |= {"nll": METRICS[f"{name}_nll_float64"].item(), "aurc": METRICS[f"{name}_aurc_tie_expected"].item()}
-    assert {key: ours[key] for key in golden} == pytest.approx(golden, rel=1e-12)
-    assert ours["ece"] == pytest.approx(METRICS[f"{name}_ece"].item(), rel=1e-7)  # its confidences are float32
-    assert ours["aurc"] - ours["eaurc"] == pytest.approx(METRICS[f"{name}_aurc_optimum"].item(), rel=1e-12)
+    ours = classification_metrics(METRICS[f"{name}_logits"], METRICS[f"{name}_labels"])
+    ours["aurc_optimum"] = ours["aurc"] - ours["eaurc"]
+
+    def assert_golden(our_name, golden_name, rel=1e-12):
+        golden = METRICS[f"{name}_{golden_name}"].item()
+        assert ours[our_name] == pytest.approx(golden, rel=rel)
+
+    assert_golden("top1_error", "top1_error")
+    assert_golden("top5_error", "top5_error")
+    assert_golden("nll", "nll_float64")
+    assert_golden("aurc", "aurc_tie_expected")
+    assert_golden("aurc_optimum", "aurc_optimum")
+    assert_golden("ece", "ece", rel=1e-7)  # its confidences are float32
 
 
-def golden_entry(name: str) -> dict:
+# Networks.
+
+
+def golden_network(name: str) -> dict:
     """ResNet-18 and -50 stand in the golden file under the published script's names."""
-    return NETWORKS[name if name in NETWORKS else f"ResNetBeMyOwnTeacher{name[-2:]}"]
+    if name not in NETWORKS:
+        name = f"ResNetBeMyOwnTeacher{name[-2:]}"
+    return NETWORKS[name]
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-def test_parameter_counts(name):
-    golden = golden_entry(name)
-    total = golden.get("parameters_without_unused", golden["total_parameters"])
-    assert count(name, ["--BYOT"]) == total
-    assert count(name, ["--PSKD"]) == golden["backbone_plus_final_fc_parameters"]
-    more = golden["total_parameters_200_classes"] - golden["total_parameters"]
-    assert count(name, ["--BYOT"], 200) == total + more
-
-
-def count(name: str, words: list[str], num_classes: int = 100) -> int:
+def count_parameters(name: str, method: str, num_classes: int) -> int:
     with torch.device("meta"):
-        model = build_model(flags("--classifier_type", name, *words), num_classes)
+        model = build_model(flags("--classifier_type", name, method), num_classes)
     return sum(p.numel() for p in model.parameters())
 
 
-def golden_order(model, golden: dict) -> list[torch.nn.Parameter]:
-    """Our parameters in the golden order: backbone, exits, final classifier; None for those that we do not build.
-    Bottleneck exits come one after the other; of attention exits, all bodies, all attentions, all classifiers."""
-    backbone = [p for n, p in model.named_parameters() if not n.startswith(("exits.", "fc."))]
-    if hasattr(model.exits[0], "attention"):
-        kinds = ("body", "attention", "fc")
-        exits = [p for kind in kinds for e in model.exits for p in getattr(e, kind).parameters()]
-    else:
-        exits = [p for e in model.exits for p in e.parameters()]
-    ours = iter([*backbone, *exits, *model.fc.parameters()])
-    unused = set(golden["unused_parameter_indices"])
-    ordered = [None if i in unused else next(ours) for i in range(len(golden["parameter_shapes"]))]
-    assert next(ours, None) is None
-    return ordered
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name):
+    golden = golden_network(name)
+    total = golden.get("parameters_without_unused", golden["total_parameters"])
+    more_classes = golden["total_parameters_200_classes"] - golden["total_parameters"]
+    assert count_parameters(name, "--BYOT", 100) == total
+    assert count_parameters(name, "--BYOT", 200) == total + more_classes
+    assert count_parameters(name, "--PSKD", 100) == golden["backbone_plus_final_fc_parameters"]
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if "probe" in golden_entry(n)])
-def test_forward_probe(name):
-    """Logits and features of all classifiers, in training mode, with parameters filled by a sine."""
-    golden = golden_entry(name)
-    model = build_model(flags("--classifier_type", name, "--BYOT"), 100).double().train()
-    scales = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+def exit_parameters(model) -> list[torch.nn.Parameter]:
+    """In the golden order: bottleneck exits one after the other; of attention exits, all bodies, all attentions, all
+    classifiers."""
+    if not hasattr(model.exits[0], "attention"):
+        return list(model.exits.parameters())
+    parameters = []
+    for kind in ("body", "attention", "fc"):
+        for exit_ in model.exits:
+            parameters += getattr(exit_, kind).parameters()
+    return parameters
+
+
+def all_parameters(model) -> list[torch.nn.Parameter]:
+    """In the golden order: backbone, exits, final classifier."""
+    backbone = [p for name, p in model.named_parameters() if not name.startswith(("exits.", "fc."))]
+    return [*backbone, *exit_parameters(model), *model.fc.parameters()]
+
+
+def sine(*shape: int, step: float, start: float = 0) -> torch.Tensor:
+    numbers = torch.arange(prod(shape)).double()
+    return torch.sin(start + step * numbers).view(shape)
+
+
+@torch.no_grad()
+def fill_with_sine(model, golden: dict) -> None:
+    """Parameters as the golden probe has them, after a check of their shapes."""
+    shapes = dict(enumerate(golden["parameter_shapes"]))
+    for unused in golden["unused_parameter_indices"]:
+        del shapes[unused]
+    for (i, shape), p in zip(shapes.items(), all_parameters(model), strict=True):
+        assert list(p.shape) == shape, i
+        scale = 0.1
+        if p.ndim > 1:
+            fan_in = p[0].numel()
+            scale = (3 / fan_in) ** 0.5
+        p.copy_(scale * sine(*shape, step=0.7, start=0.1 * (i + 1)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight += 1
+
+
+@pytest.fixture(scope="module", params=[name for name in MODELS if "probe" in golden_network(name)])
+def probe(request):
+    """Our outputs in training mode, with parameters and images filled by a sine, and the golden probe."""
+    golden = golden_network(request.param)
+    model = build_model(flags("--classifier_type", request.param, "--BYOT"), 100).double().train()
+    fill_with_sine(model, golden)
     with torch.no_grad():
-        for i, p in enumerate(golden_order(model, golden)):
-            if p is None:
-                continue
-            assert list(p.shape) == golden["parameter_shapes"][i], i
-            v = torch.sin(0.1 * (i + 1) + 0.7 * torch.arange(p.numel()).double()).view(p.shape)
-            p.copy_(v * (3 / p[0].numel()) ** 0.5 if p.ndim > 1 else (id(p) in scales) + 0.1 * v)
-        images = torch.sin(0.37 * torch.arange(2 * 3 * 32 * 32).double()).view(2, 3, 32, 32)
-        outputs = model(images)
-    probe, heads = golden["probe"], ("final", "mid1", "mid2", "mid3")
-    logits, features = (outputs.logits, *outputs.exit_logits), (outputs.feature, *outputs.exit_features)
-    ours = {"logits": {f"{head}_logits": value for head, value in zip(heads, logits, strict=True)}}
-    for power, key in ((1, "feature_sum_per_image"), (2, "feature_sumsq_per_image")):
-        ours[key] = {f"{head}_feature": (value**power).sum(1) for head, value in zip(heads, features, strict=True)}
-    for key, values in ours.items():
-        for name, value in values.items():
-            torch.testing.assert_close(
-                value, torch.tensor(probe[key][name], dtype=value.dtype), rtol=PROBE_TOLERANCE, atol=0
-            )
+        outputs = model(sine(2, 3, 32, 32, step=0.37))
+    return outputs, golden["probe"]
+
+
+def assert_probe(kind: str, final, exits, golden: dict) -> None:
+    for head, ours in zip(("final", "mid1", "mid2", "mid3"), (final, *exits), strict=True):
+        expected = torch.tensor(golden[f"{head}_{kind}"], dtype=torch.float64)
+        torch.testing.assert_close(ours, expected, rtol=PROBE_TOLERANCE, atol=0)
+
+
+def test_probe_logits(probe):
+    outputs, golden = probe
+    assert_probe("logits", outputs.logits, outputs.exit_logits, golden["logits"])
+
+
+@pytest.mark.parametrize(("power", "sums"), [(1, "feature_sum_per_image"), (2, "feature_sumsq_per_image")])
+def test_probe_features(probe, power, sums):
+    outputs, golden = probe
+    final = (outputs.feature**power).sum(dim=1)
+    exits = [(feature**power).sum(dim=1) for feature in outputs.exit_features]
+    assert_probe("feature", final, exits, golden[sums])
 
 
 @pytest.mark.parametrize("blocks", [2, 3])
@@ -222,9 +344,8 @@ def test_fewer_blocks_have_the_golden_shapes(blocks):
     """Backbone and the exits that N blocks have; the published script also trains one more, on the final map."""
     golden = NETWORKS[f"ResNetBeMyOwnTeacher18_blocks{blocks}"]
     first_of_extra_exit = 60 + 17 * (blocks - 1) + 3
-    left_out = {*golden["unused_parameter_indices"], *range(first_of_extra_exit, first_of_extra_exit + 14)}
+    extra_exit = range(first_of_extra_exit, first_of_extra_exit + 14)
+    left_out = {*golden["unused_parameter_indices"], *extra_exit}
     expected = [shape for i, shape in enumerate(golden["parameter_shapes"]) if i not in left_out]
     model = build_model(flags("--BYOT", "--num_resnet_blocks", str(blocks)), 100)
-    ours = [p for n, p in model.named_parameters() if not n.startswith(("exits.", "fc."))]
-    ours += [p for e in model.exits for p in e.parameters()] + list(model.fc.parameters())
-    assert [list(p.shape) for p in ours] == expected
+    assert [list(p.shape) for p in all_parameters(model)] == expected

@@ -168,8 +168,10 @@ def test_multiply_adds():
     stage_2 = 64 * 8 * 4 * 9 + 3 * (64 * 8 * 8 * 9) + 64 * 8 * 4 + 8 * 10  # with shortcut and classifier
     exit_1 = 256 * 2 * 4 + 4 * 2 * 2 * 64 + 4 * 8 * 2 + 8 * 10
     assert model.multiply_adds(16) == ([stage_1 + exit_1, stage_1 + exit_1 + stage_2], stage_1 + stage_2)
-    model.temperatures = [None, 1.0]  # an exit that never decides is not computed
-    assert model.multiply_adds(16) == ([stage_1, stage_1 + stage_2], stage_1 + stage_2)
+    without_exit = [stage_1, stage_1 + stage_2], stage_1 + stage_2
+    assert model.multiply_adds(16, [None, 1.0]) == without_exit  # an exit that never decides is not computed
+    model.temperatures = [None, 1.0]
+    assert model.multiply_adds(16) == without_exit
     model, counts = build("resnext50_32x4d", "--BYOT"), []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -196,12 +198,13 @@ def run(tmp_path_factory):
 def test_load_run_gives_the_trained_network_and_what_is_needed_to_use_it(run):
     run, val = run
     model, info = load_run(run)
-    saved, pixels = np.load(run / "predictions.npz"), val.pictures(torch.arange(10)) / 255
+    saved, pixels = np.load(run / "predictions.npz"), val.raw_images(torch.arange(10)) / 255
     mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         np.testing.assert_allclose(model((pixels - mean) / std).logits, saved["logits"], rtol=1e-3, atol=1e-4)
     assert info["class_names"] == val.class_names and (info["image_size"], info["epoch"]) == (32, 1)
     assert not model.training and info["args"].width == 4
+    assert model.layer4[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     fitted = json.loads((run / "results.json").read_text())["test"]["last"]["temperatures"]
     assert model.temperatures == info["temperatures"] == fitted and [t is None for t in fitted] == [True] + [False] * 3
     best, info = load_run(str(run), "best")

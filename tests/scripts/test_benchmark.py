@@ -1,78 +1,146 @@
 """The benchmark: its arithmetic, its lines, and what each configuration computes; not how fast anything is."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import benchmark
 import pytest
 import torch
 from conftest import ROOT
+from helpers import make_small
 
 from data.loader import Loader
 from main import parse_args
 
-SMALL = "--PSKD --BYOT --width=4 --batch_size=8 --device=cpu --precision=fp32"
+SMALL = ["--PSKD", "--BYOT", "--width=4", "--batch_size=8", "--device=cpu", "--precision=fp32"]
 
 
-@pytest.mark.parametrize("network, flop", [("resnet18", 3_569_270_784), ("resnext50_32x4d", 10_512_826_368)])
+@pytest.mark.parametrize(("network", "flop"), [("resnet18", 3_569_270_784), ("resnext50_32x4d", 10_512_826_368)])
 def test_flop_per_image_of_full_width_networks(network, flop):
     model = benchmark.build_model(parse_args(["--BYOT", "--classifier_type", network]), 100)
     assert benchmark.flop_per_image(model, 32) == flop
 
 
-def test_process_that_fails_loses_no_other_line_and_table_keeps_runs_apart(tmp_path, capsys):
-    out = tmp_path / "figures.jsonl"
-    command = [*SMALL.split(), "--rounds=1", "--steps=2", f"--out={out}", "--configs"]
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> SimpleNamespace:
+    """The line of a process that ends, and what is said of one that is stopped after it."""
+    out = tmp_path_factory.mktemp("measured") / "figures.jsonl"
+    command = [*SMALL, "--rounds=1", "--steps=2", f"--out={out}", "--configs"]
     benchmark.command_line([*command, "eager"])
-    benchmark.command_line([*command, "fp32", "--time_limit=1"])
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        benchmark.command_line([*command, "fp32", "--time_limit=1"])
+    return SimpleNamespace(text=out.read_text(), error=error.getvalue())
+
+
+@pytest.mark.slow
+def test_process_past_the_time_limit_loses_no_other_line(measured):
+    assert json.loads(measured.text)["config"] == "eager"
+    assert "no line for fp32: time limit" in measured.error
+
+
+def test_configuration_that_this_machine_lacks_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark.command_line([*command, "graph"])
-    error = capsys.readouterr().err
-    assert "no line for fp32: time limit" in error and "--cuda_graph: needs one GPU" in error
-    by_hand = {"run": "other", "flop_per_image": 2e9, "matrix_flop_per_second": 4e12, "seconds_compiling": 2}
-    line = json.loads(out.read_text()) | by_hand
-    for line["config"], rate in ("eager", 300), ("reference", 100), ("eager", 320), ("reference", 120):
-        out.write_text(out.read_text() + json.dumps({**line, "rounds": [rate]}) + "\n")
-    assert "| PSKD + BYOT | eager | 310.0 | 5.0 | 2.82 | 15.5% | 2.0 |  |  |\n" in benchmark.table([out])
-    assert "| eager | 48.5 | 0.9 | 2.27 | 41.2% |" in benchmark.table([ROOT / "scripts/results/benchmark_cpu.jsonl"])
+        benchmark.command_line([*SMALL, f"--out={tmp_path / 'figures.jsonl'}", "--configs", "graph"])
+    assert "--cuda_graph: needs one GPU" in capsys.readouterr().err
 
 
-def test_configurations_take_turns_on_a_cpu_each_with_its_own_step_batches_and_layout(tmp_path, monkeypatch):
-    seen, labels_of, train = [], set(), benchmark.train_one_epoch
+@pytest.mark.slow
+def test_table_shows_medians_and_keeps_runs_of_the_script_apart(measured, tmp_path):
+    line = json.loads(measured.text)
+    line |= {"run": "other", "flop_per_image": 2e9, "matrix_flop_per_second": 4e12, "seconds_compiling": 2}
+    lines = [measured.text]
+    for config, rate in (("eager", 300), ("reference", 100), ("eager", 320), ("reference", 120)):
+        lines.append(json.dumps({**line, "config": config, "rounds": [rate]}) + "\n")
+    (tmp_path / "figures.jsonl").write_text("".join(lines))
+    table = benchmark.table([tmp_path / "figures.jsonl"])
+    assert "| PSKD + BYOT | eager | 310.0 | 5.0 | 2.82 | 15.5% | 2.0 |  |  |\n" in table
 
-    def spy(step, batches):
-        is_nchw = set()
-        step.model.layer1.register_forward_pre_hook(lambda _, inputs: is_nchw.add(inputs[0].is_contiguous()))
-        trained = train(step, batches)
-        seen.append((type(step), type(batches), type(step.objective.targets), set(is_nchw)))
-        assert step.objective.targets.memory.sum(dim=1).allclose(torch.ones(16))
+
+def test_table_of_the_recorded_file():
+    table = benchmark.table([ROOT / "scripts" / "results" / "benchmark_cpu.jsonl"])
+    assert "| eager | 48.5 | 0.9 | 2.27 | 41.2% |" in table
+
+
+CONFIGS = ["reference", "eager", "eager_nchw"]
+
+
+class Spy:
+    """Of each training epoch: the kinds of step, batches and targets, and whether images reach the network in NCHW."""
+
+    def __init__(self):
+        self.epochs = []
+        self.labels = set()  # (row, label)
+        self.memories = []
+        self.train_one_epoch = benchmark.train_one_epoch
+
+    def __call__(self, step, batches):
+        layouts = set()
+        step.model.layer1.register_forward_pre_hook(lambda _, inputs: layouts.add(inputs[0].is_contiguous()))
+        trained = self.train_one_epoch(step, batches)
+        targets = step.objective.targets
+        self.epochs.append((type(step), type(batches), type(targets), set(layouts)))
+        self.memories.append(targets.memory.sum(dim=1))
         for _, labels, index in batches:
-            labels_of.update(zip(index.tolist(), labels.tolist(), strict=True))
+            self.labels.update(zip(index.tolist(), labels.tolist(), strict=True))
         return trained
 
-    monkeypatch.setattr(benchmark, "train_one_epoch", spy)
+
+@pytest.fixture(scope="module")
+def spied(tmp_path_factory) -> SimpleNamespace:
+    """All configurations, in this process, and their lines."""
+    out = tmp_path_factory.mktemp("spied") / "figures.jsonl"
     context = mock.Mock(Process=lambda target, args: mock.Mock(start=lambda: target(*args), exitcode=0))
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)  # in this process
-    configs, out = ["reference", "eager", "eager_nchw"], tmp_path / "figures.jsonl"
-    benchmark.command_line([*SMALL.split(), "--rounds=2", "--steps=2", f"--out={out}", "--configs", *configs])
+    spy = Spy()
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        patch.setattr(multiprocessing, "get_context", lambda _: context)
+        patch.setattr(benchmark, "train_one_epoch", spy)
+        patch.setattr(benchmark, "matrix_rate", lambda device, precision: 1e12)  # which takes a second
+        benchmark.command_line([*SMALL, "--rounds=2", "--steps=2", f"--out={out}", "--configs", *CONFIGS])
     lines = [json.loads(text) for text in out.read_text().splitlines()]
-    assert [(line["config"], len(line["rounds"])) for line in lines] == [(name, 1) for name in 2 * configs]
-    ours = (benchmark.TrainStep, Loader, benchmark.ProgressiveTargets)
+    return SimpleNamespace(spy=spy, lines=lines)
+
+
+def test_configurations_take_turns_on_a_cpu(spied):
+    turns = [(line["config"], len(line["rounds"])) for line in spied.lines]
+    assert turns == [(name, 1) for name in 2 * CONFIGS]
+
+
+def test_each_configuration_has_its_own_step_batches_and_layout(spied):
     reference = (benchmark.ReferenceStep, benchmark.DataLoader, benchmark.HostTargets, {True})
-    assert seen[::2] == 2 * [reference, (*ours, {False}), (*ours, {True})]
-    assert len(labels_of) == 16  # the same label for an image in all of them
+    ours = (benchmark.TrainStep, Loader, benchmark.ProgressiveTargets)
+    first_epochs = spied.spy.epochs[::2]
+    assert first_epochs == 2 * [reference, (*ours, {False}), (*ours, {True})]
+
+
+def test_an_image_has_the_same_label_in_all_configurations(spied):
+    assert len(spied.spy.labels) == 16
+
+
+def test_every_configuration_remembers_its_predictions(spied):
+    for memory in spied.spy.memories:
+        torch.testing.assert_close(memory, torch.ones(16))
+
+
+def write_metrics(argv: list[str]) -> int:
+    """A run of main.py that takes no time."""
+    args = parse_args(argv)
+    run = Path(args.experiments_dir, args.run_name)
+    run.mkdir()
+    lines = []
+    for seconds in (900, 100, 500, 300)[: args.end_epoch]:
+        line = {"seconds": seconds, "seconds_validation": seconds / 10, "seconds_saving": seconds / 100}
+        lines.append(json.dumps(line))
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    return 0
 
 
 def test_epoch_is_training_validation_and_saving_without_the_first(monkeypatch):
-    def write_metrics(argv):
-        args = parse_args(argv)
-        run = Path(args.experiments_dir, args.run_name)
-        run.mkdir()
-        lines = [{"seconds": n, "seconds_validation": n / 10, "seconds_saving": n / 100} for n in (900, 100, 500, 300)]
-        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines[: args.end_epoch])))
-        return 0
-
     monkeypatch.setattr(benchmark.main, "main", write_metrics)
-    assert benchmark.time_epochs(SMALL.split(), 3) == {"seconds_per_epoch": 333}
+    assert benchmark.time_epochs(SMALL, 3) == {"seconds_per_epoch": 333}

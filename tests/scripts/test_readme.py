@@ -1,23 +1,59 @@
-"""The README's Python runs as it stands there; its files and flags exist."""
+"""The README's code runs as it stands there; its files, flags and keys exist."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT
+from helpers import ALL, read, read_records, run, val_only
 
 import main
+from models import build_model
 
 README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "loss/README.md", "scripts/results/README.md", "tests/golden/README.md", "utils/README.md")
+PAGES += (".github/CONTRIBUTING.md",)
 SMALL = "--data_type synthetic --width 8 --limit_train 32 --limit_val 50 --end_epoch 1 --device cpu --precision fp32"
+EXAMPLES = {"loss/entropy.py", "data/mixup.py"}  # which the README adds
 
 
 def block_after(text: str) -> str:
     """The first code block after a piece of the README's text."""
     return re.search(r"```\w+\n(.*?)```", README[README.index(text) :], re.S).group(1)
+
+
+def apply_example(tree: Path, block: str, package: str, last_flag: str, place: str) -> None:
+    """Copy the program into `tree` and change it as an example says: a new file, then an import, a flag and a line for
+    the package's __init__.py. `last_flag` is the name of the flag before the new one, `place` the statement before
+    which the line goes, or which it replaces."""
+    for name in ("data", "loss", "models", "utils"):
+        shutil.copytree(ROOT / name, tree / name)
+    shutil.copy(ROOT / "main.py", tree)
+    file, changes = block.split(f"\n# {package}/__init__.py", 1)
+    name = re.match(r"# ([\w/]+\.py)", file).group(1)
+    (tree / name).write_text(file)
+    _, imported, flag, line = changes.strip("\n").split("\n")
+    code = (ROOT / package / "__init__.py").read_text()
+    code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.M)
+    code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.M)
+    head, found, tail = code.partition(place)
+    assert found and flag in head and imported in head
+    kept = "" if line.strip().startswith("return") else place
+    (tree / package / "__init__.py").write_text(f"{head}{line}\n{kept}{tail}")
+
+
+def command(tree: Path, *words: str) -> list[dict]:
+    """Run main.py of the tree; the records of the run named last."""
+    command = [sys.executable, "main.py", *SMALL.split(), *words]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return read_records(tree / "experiments" / words[-1])
 
 
 def test_load_run_example(tmp_path, monkeypatch):
@@ -29,31 +65,83 @@ def test_load_run_example(tmp_path, monkeypatch):
 
 
 def test_new_loss_example_touches_only_loss(tmp_path):
-    for name in ("models", "loss", "utils", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "main.py", tmp_path)
-    (tmp_path / "loss" / "entropy.py").write_text(block_after("`loss/entropy.py`:"))
-    import_line = block_after("an import, a flag at the end")
-    flag = block_after(import_line)
-    append = block_after(flag)
-    package = (ROOT / "loss" / "__init__.py").read_text()
-    package = package.replace("from loss.objective", import_line + "from loss.objective", 1)
-    package = package.replace("\n\n\ndef check_flags", "\n" + flag + "\n\ndef check_flags", 1)
-    package = package.replace("    return Objective(", append + "    return Objective(", 1)
-    (tmp_path / "loss" / "__init__.py").write_text(package)
-    words = [*SMALL.split(), "--BYOT", "--confidence_penalty", "0.1", "--run_name", "own"]
-    done = subprocess.run([sys.executable, "main.py", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert '"entropy":' in (tmp_path / "experiments" / "own" / "metrics.jsonl").read_text()
+    block = block_after("A new loss touches")
+    apply_example(tmp_path, block, "loss", "label_smoothing", "    return Objective(")
+    records = command(tmp_path, "--BYOT", "--confidence_penalty", "0.1", "--run_name", "own")
+    assert records[0]["train"]["entropy"] < 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "loss/README.md", "scripts/results/README.md", "tests/golden/README.md"])
+def test_mixup_example_trains_with_all_methods_and_resumes_to_the_bit(tmp_path):
+    apply_example(tmp_path, block_after("MixUp touches"), "data", "val_split", "    return None\n")
+    words = [*ALL, "--end_epoch", "2", "--mixup", "1", "--saveckp_freq", "1"]
+    mixed = command(tmp_path, *words, "--run_name", "mixed")
+    start = tmp_path / "experiments" / "mixed" / "checkpoint_epoch0.pth"
+    resumed = command(tmp_path, *words, "--resume", str(start), "--run_name", "resumed")
+    assert [record["train"] for record in mixed] == [record["train"] for record in resumed]
+    assert run(tmp_path / "plain", *SMALL.split(), *ALL) == 0
+    assert mixed[0]["train"]["ce"] > 1.0001 * read_records(tmp_path / "plain")[0]["train"]["ce"]
+
+
+def test_torchvision_weights_example(monkeypatch, capsys):
+    resnet18 = torchvision.models.resnet18
+    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: resnet18(weights=None))  # no download
+    model = build_model(main.parse_args(["--BYOT"]), num_classes=100)
+    names = {"model": model}
+    exec(block_after("To start from torchvision's weights"), names)
+    missing = set(re.findall(r"'(\w+)", capsys.readouterr().out))
+    assert missing == {"conv1", "fc", "exits"}
+    assert torch.equal(model.layer4[1].conv2.weight, names["weights"]["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("status, is_requeued", [(0, False), (1, False), (138, True)])
+def test_slurm_script_requeues_at_the_time_limit_alone(tmp_path, status, is_requeued):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = ["bash", "-c", block_after("Under Slurm")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert (done.stdout == "scontrol requeue 7\n") == is_requeued and not done.stderr
+
+
+def keys(value) -> set[str]:
+    """The keys of nested dicts and lists; states of tensors are left out."""
+    if isinstance(value, list):
+        return set().union(*map(keys, value))
+    if not isinstance(value, dict):
+        return set()
+    return {key for key in value if isinstance(key, str)}.union(*map(keys, value.values()))
+
+
+def test_every_key_of_a_run_is_explained(tmp_path):
+    page = (ROOT / "utils/README.md").read_text()
+    directory = tmp_path / "run"
+    assert run(directory, *ALL, "--val_split", "0.25", "--save_predictions") == 0
+    assert val_only(directory, tmp_path / "val") == 0
+    checkpoint = torch.load(directory / "checkpoint_last.pth", weights_only=True)
+    written = {*checkpoint, *keys(checkpoint["starts"])}
+    for name in ("results.json", "config.json"):
+        written |= keys(read(directory, name))
+    written |= keys(read_records(directory)) | keys(read(tmp_path / "val", "val.json"))
+    written -= set(vars(main.parse_args([])))  # --help explains flags
+    assert not {key for key in written if f"`{key}`" not in page}
+    for file in directory.iterdir():
+        assert f"`{file.name}" in page
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_and_flags_exist(page):
     text = (ROOT / page).read_text()
-    assert len(README.splitlines()) <= 200
     for path in re.findall(r"(?:scripts|tests|loss|utils|data|models)/[\w/]+\.(?:py|sh|png|md|jsonl?)", text):
-        assert (ROOT / path).exists() or path == "loss/entropy.py", path
-    known = {*vars(main.parse_args([])), "help", "logdir", "nproc_per_node", "confidence_penalty"}
+        assert (ROOT / path).exists() or path in EXAMPLES, path
+    known = {*vars(main.parse_args([])), "help", "logdir", "nproc_per_node", "confidence_penalty", "mixup"}
+    known |= {"requeue", "gpus", "cpus-per-task", "time", "open-mode", "signal"}  # Slurm's
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"--([\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]+)", text)) <= known
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 220

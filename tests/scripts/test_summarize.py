@@ -131,7 +131,7 @@ def test_other_training_images_are_another_setting(tmp_path, summary):
 
 
 def test_without_test_split_the_held_out_images_have_a_table_of_their_own(tmp_path, summary):
-    make_finished_run(tmp_path, "a", 20.0, val_split=0.1, data_type="folder")
+    make_finished_run(tmp_path, "a", 20.0, val_split=0.1, data_type="folder", results={"test": {}})
     out = summary()
     assert out.startswith("### Other runs: folder, no test split: held-out images\n")
     assert cells(out)[0]["top-1 err (%)"] == "20.00"
