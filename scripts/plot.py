@@ -248,7 +248,7 @@ def plot(paths: list[Path], out: Path) -> None:
     """
     groups, left_out = group_runs(find_runs(paths), "last")
     for line in left_out:
-        print(f"left out: {line}")
+        print(printable(f"left out: {line}"))
     if not groups:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,7 @@ def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Ru
                 raise ValueError(f"the same flags and seed as {used.name}, which is used{but}")
         except DAMAGED as error:
             reason = f"no entry {error}" if isinstance(error, KeyError) else error
-            left_out.append(printable(f"{name} ({reason})"))
+            left_out.append(f"{name} ({reason})")
     groups = [[group[seed] for seed in sorted(group)] for group in settings.values() if group]
     groups = name_groups(groups)
     return sorted(groups, key=lambda group: (group[0].data, len(group[0].methods), group[0].label)), left_out

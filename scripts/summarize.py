@@ -158,10 +158,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs", metavar="BASE", help="differences, by seed, from the methods BASE, for example baseline")
     add("--all_classifiers", action="store_true", help="all metrics of every classifier")
     args = parser.parse_args(argv)
-    args.fail = parser.error
+    args.fail = lambda message: parser.error(printable(message))
     for path in args.runs:
         if not path.exists():
-            parser.error(f"{path} does not exist")
+            args.fail(f"{path} does not exist")
     return args
 
 

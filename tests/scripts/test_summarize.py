@@ -197,6 +197,7 @@ DAMAGE = {
     "time": ("results.json", '"seconds_per_epoch": 10.0', '"seconds_per_epoch": null'),
     "val": ("results.json", '"val": {', '"val": [], "was": {'),
     "cost": ("results.json", '"exits": []', '"exits": [], "early_exit": {"chosen": {}, "backbone_multiply_adds": 0}'),
+    "seed_text": ("config.json", '"seed": 1', '"seed": "1"'),
     "seed": ("config.json", '"seed": 1', '"seed": [7]'),
     "starts": ("config.json", '"seed"', '"starts": null, "seed"'),
     "device": ("config.json", '"device_name"', '"no_name"'),
