@@ -142,7 +142,7 @@ def ranking(axis, groups: list[list[Run]], key: str, title: str, styles: dict[st
         if label == BASE:
             axis.axvline(x, color="black", linewidth=0.8, linestyle=":")
             axis.axhline(y, color="black", linewidth=0.8, linestyle=":")
-    text = "top-1 error (%)\nbars: 95 % interval of the difference from the baseline (dotted lines)"
+    text = "top-1 error (%)\nbars: 95 % interval of the difference\nfrom the baseline (dotted lines)"
     axis.set(xlabel=text, ylabel=title)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import intervals
 import numpy as np
@@ -20,25 +21,38 @@ LABELS = torch.arange(60) % 5
 CURVE = [(30, 60), (60, 75), (110, 80)]  # MACs, accuracy
 
 
+def exits_block(top1, seed):
+    """What a run with exits adds to its test block: one trained exit of two, an early-exit curve."""
+    curve = []
+    for macs, accuracy in CURVE:
+        if macs != 60:
+            accuracy += seed % 3
+        curve.append({"threshold": 0.5, "multiply_adds": macs, "accuracy": accuracy})
+    early_exit = {"backbone_multiply_adds": 100, "multiply_adds": [30, 60, 110]}
+    early_exit |= {"curve": curve, "chosen": curve[0]}
+    return {"exits": [metrics(top1 + 9), None], "early_exit": early_exit}
+
+
 def make_run(root, name, top1, seed, nll=0.4, **flags):
     """A run of four epochs with validation errors 40, 30, 20 and 10 above `top1`, its last error on the test split."""
     config = {"classifier_type": "resnet18", "data_type": "cifar100", "num_resnet_blocks": 3, "end_epoch": 4}
     config |= {"val_split": 0.1, "device_name": "GPU", "seed": seed, **flags}
-    lines = [record(t, top1 + 40 - 10 * t) for t in range(4)]
-    test = record(3, top1) | {"exits": [], "ensemble": None, "early_exit": None}
+    test = record(3, top1)
     if "BYOT" in flags:
-        points = [(macs, accuracy + seed % 3 * (macs != 60)) for macs, accuracy in CURVE]
-        curve = [{"threshold": 0.5, "multiply_adds": m, "accuracy": a} for m, a in points]
-        early_exit = {"backbone_multiply_adds": 100, "multiply_adds": [30, 60, 110], "curve": curve, "chosen": curve[0]}
-        test = record(3, top1) | {"exits": [metrics(top1 + 9), None], "early_exit": early_exit}
+        test |= exits_block(top1, seed)
+    else:
+        test |= {"exits": [], "ensemble": None, "early_exit": None}
     test["calibrated"] = {"val": {"nll": nll}, "exits": [None] * len(test["exits"])}
-    results = {"status": "finished", "epochs": 4, "last": lines[-1], "test": {"last": test}}
+    history = [record(t, top1 + 40 - 10 * t) for t in range(4)]
+    results = {"status": "finished", "epochs": 4, "last": history[-1], "test": {"last": test}}
+
     directory = root / name
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "results.json").write_text(json.dumps(results))
-    (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    logits = torch.randn(60, 5, generator=torch.Generator().manual_seed(seed)) + torch.eye(5)[LABELS]
+    (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(60, 5, generator=generator) + torch.eye(5)[LABELS]
     np.savez(directory / "predictions.npz", logits=logits.numpy(), labels=LABELS.numpy())
     return classification_metrics(logits, LABELS)["top1_error"]
 
@@ -126,10 +140,7 @@ def test_ranking_shows_intervals_of_differences_from_the_baseline(axis_of):
 
 
 def test_groups_differ_in_line_and_marker():
-    run = runs.Run(
-        "", {}, {}, {"classifier_type": "resnet18"}, 1, (), frozenset(), "", {}, frozenset(), frozenset(), {}, {}
-    )
-    groups = [[run._replace(label=label)] for label in ("baseline", *"abcdefghi")]
+    groups = [[types.SimpleNamespace(label=label)] for label in ("baseline", *"abcdefghi")]
     styles = plot.group_styles(groups)
     assert styles["baseline"] == {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.2}
     assert len({str(style["linestyle"]) for style in styles.values()}) == 10
