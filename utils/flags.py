@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             for name in (action.dest, *getattr(action, "also", ())):
                 flags.setdefault(name.lower(), []).append(f"--{action.dest}")
-        given = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
+        given = word.lstrip("-").partition("=")[0].lower()
         nearest = difflib.get_close_matches(given, flags, n=1, cutoff=0.75)
         return flags[nearest[0]] if nearest else []
 

@@ -35,6 +35,7 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("--data x", "--data mean --data_type or --data_path?"),
     ("--output x", "--output mean --experiments_dir?"),
     ("--batch-size 64", "--batch-size mean --batch_size?"),
+    ("--LR 0.1", "--LR mean --lr?"),
     ("--learning_rate 0.1", "--learning_rate mean --lr?"),
     ("--pskd --lr_decay_shedule 3", "--pskd mean --PSKD or --lr_decay_schedule?"),
     ("--warmup_epochs 3 --end_epoch 3", "--warmup_epochs 3 none 3"),
@@ -114,6 +115,7 @@ def test_flags_that_one_program_lacks_have_their_default_or_are_off():
     now = vars(main.default_args())
     older = {name: value for name, value in now.items() if name not in ("weight_decay", "label_smoothing")}
     assert differences(older, now) == differences(now | {"unknown": 0.0, "other": None}, now) == []
+    assert differences(now, older) == []
     assert differences(older, now | {"weight_decay": 0.1}) == ["--weight_decay 0.0005 -> 0.1"]
     assert differences(now | {"unknown": 0.1}, now) == ["--unknown 0.1 -> None"]
 

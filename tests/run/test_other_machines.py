@@ -166,6 +166,7 @@ def test_the_commit_of_this_code_is_recorded_though_git_is_told_of_another(copie
     git(copied, "commit", "-m", "code")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=copied, check=True, capture_output=True, text=True)
     monkeypatch.setenv("GIT_DIR", str(copied.parent / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(copied.parent / ".git" / "index"))
     assert commit_of_copy(copied) == commit.stdout.strip()
     with open(copied / "utils" / "machine.py", "a") as file:
         file.write("\n")
