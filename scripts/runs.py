@@ -49,9 +49,9 @@ TIMES = ("seconds_per_epoch", "hours")
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError)
 
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
-# Entries of config.json that are no departure from the paper's setting; network and methods vary within its tables.
-NO_DEPARTURE = {*RUNTIME_FLAGS, *ENVIRONMENT, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
-NO_DEPARTURE |= {"data", "starts", "changes"}
+# Entries of config.json that are compared with nothing of the paper's setting; network and methods vary within its tables.
+NOT_COMPARED = {*RUNTIME_FLAGS, *ENVIRONMENT, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
+NOT_COMPARED |= {"data", "starts", "changes"}
 
 
 class Run(NamedTuple):
@@ -61,14 +61,14 @@ class Run(NamedTuple):
     flags: dict  # config, and the defaults of flags that are newer than the run
     seed: int
     methods: tuple[str, ...]
-    departures: frozenset[str]  # from the paper's setting, such as "width 8"
+    non_paper_flags: frozenset[str]  # from the paper's setting, such as "width 8"
     data: str  # the data set, such as "cifar100, classes 20"
     images: dict[str, str]  # what its record says of them and all seeds share, such as "test digest": "0a1b"
     machines: frozenset[str]  # of all its starts
-    origins: frozenset[str]  # the same with version and commit
+    environments: frozenset[str]  # the same with version and commit
     values: dict[str, float]  # column -> number, of the final classifier
     classifiers: dict[str, dict]  # "exit 1", ..., "final", "ensemble", if trained -> column -> number
-    label: str = ""  # the methods, and the departures that are not common to all runs on the same data
+    label: str = ""  # the methods, and the non_paper_flags that are not common to all runs on the same data
 
     @property
     def network(self) -> str:
@@ -133,11 +133,11 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
         flags=flags,
         seed=flags["seed"],
         methods=tuple(method for method in METHODS if flags[method]),
-        departures=find_departures(config, starts, paper),
+        non_paper_flags=find_non_paper_flags(config, starts, paper),
         data=data,
         images=image_facts(config.get("data", {}), has_held_out),
         machines=frozenset(start["device_name"] for start in starts),
-        origins=frozenset(
+        environments=frozenset(
             f"{start['device_name']}, torch {start.get('torch')}, commit {start.get('git_commit')}" for start in starts
         ),
         values=values,
@@ -173,13 +173,13 @@ def number(name: str, value) -> float:
     return value
 
 
-def find_departures(config: dict, starts: list[dict], paper: dict) -> frozenset[str]:
+def find_non_paper_flags(config: dict, starts: list[dict], paper: dict) -> frozenset[str]:
     """In what a run is not the paper's: flags, flags that changed on resume, and several processes, because
     BatchNorm is per process."""
     environment = {key for start in config.get("starts", ()) for key in start} - paper.keys()
     flags = {**paper, **config}
     found = []
-    for key in flags.keys() - NO_DEPARTURE - environment:
+    for key in flags.keys() - NOT_COMPARED - environment:
         if (key, flags[key]) not in paper.items():
             found.append(f"{key} {flags[key]}")
     for change in config.get("changes", ()):
@@ -223,7 +223,7 @@ def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Ru
     for name, source in sources.items():
         try:
             run = read_run(name, source, which, paper)
-            setting = (run.data, run.network, run.methods, run.departures, tuple(run.images.items()))
+            setting = (run.data, run.network, run.methods, run.non_paper_flags, tuple(run.images.items()))
             group = settings.setdefault(setting, {})
             used = group.setdefault(run.seed, run)
             if used is not run:
@@ -252,11 +252,11 @@ def name_groups(groups: list[list[Run]]) -> list[list[Run]]:
     for group in groups:
         run = group[0]
         together = [other for other, *_ in groups if other.data == run.data]
-        common = frozenset.intersection(*(other.departures for other in together))
-        words = ["+".join(run.methods) or "baseline", *sorted(run.departures - common)]
+        common = frozenset.intersection(*(other.non_paper_flags for other in together))
+        words = ["+".join(run.methods) or "baseline", *sorted(run.non_paper_flags - common)]
         # Groups that differ in their training images alone.
-        flags = (run.network, run.methods, run.departures)
-        twins = [other for other in together if (other.network, other.methods, other.departures) == flags]
+        flags = (run.network, run.methods, run.non_paper_flags)
+        twins = [other for other in together if (other.network, other.methods, other.non_paper_flags) == flags]
         for key, value in run.images.items():
             if any(twin.images.get(key) != value for twin in twins):
                 words.append(f"{key} {value}")

@@ -41,7 +41,7 @@ def paper_lines(table: str, groups: list[list[Run]]) -> list[Line]:
         for group in groups:
             run = group[0]
             if run.methods == tuple(row["methods"]) and wanted.items() <= run.flags.items():
-                changed = {departure.split()[0] for departure in run.departures}
+                changed = {flag.split()[0] for flag in run.non_paper_flags}
                 others = changed - {*BLOCK_FLAGS, "precision", "sync_bn", "DML_as_published"}
                 lines.append(Line(group, str(row["row"]), {} if others else row))
     return lines
@@ -177,15 +177,15 @@ def summarize(args: argparse.Namespace) -> None:
             args.fail(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
         export(args.export, runs)
 
-    origins = frozenset.union(*(run.origins for run in runs))
-    notes = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(origins))}"]
+    environments = frozenset.union(*(run.environments for run in runs))
+    notes = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(environments))}"]
     notes += [f"left out: {line}" for line in left_out]
     tables = []
     keys = args.metrics or (DEFAULT_OF_PAIRS if args.pairs else DEFAULT)
     columns = {key: COLUMNS[key] for key in keys}
     for data in dict.fromkeys(run.data for run in runs):
         on_data = [group for group in groups if group[0].data == data]
-        common = frozenset.intersection(*(group[0].departures for group in on_data))
+        common = frozenset.intersection(*(group[0].non_paper_flags for group in on_data))
         if common:
             notes.append(f"{data}: all runs, unlike the paper: {', '.join(sorted(common))}")
         if args.pairs:

@@ -149,7 +149,7 @@ def test_seeds_that_hold_out_other_images_are_one_setting(tmp_path, summary):
     assert re.search(r"b1 \(the same flags and seed as \S+/a1, which is used, but with other val images\)", summary())
 
 
-def test_processes_and_allowed_changes_are_departures(tmp_path, summary):
+def test_processes_and_allowed_changes_are_other_settings(tmp_path, summary):
     change = {"epoch": 3, "name": "end_epoch", "before": 150, "after": 300}
     make_finished_run(tmp_path, "a1", 20.0, 1)
     make_finished_run(tmp_path, "a2", 30.0, 2, processes=2)
