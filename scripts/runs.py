@@ -49,7 +49,7 @@ TIMES = ("seconds_per_epoch", "hours")
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError)
 
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
-# Entries of config.json that are compared with nothing of the paper's setting; network and methods vary within its tables.
+# Entries of config.json that have no value in the paper's setting; network and methods vary within its tables.
 NOT_COMPARED = {*RUNTIME_FLAGS, *ENVIRONMENT, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
 NOT_COMPARED |= {"data", "starts", "changes"}
 
