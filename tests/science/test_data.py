@@ -163,7 +163,7 @@ def set_process(monkeypatch):
     """set_process(rank, world_size): the loaders built next are that process's."""
 
     def call(rank, world_size):
-        monkeypatch.setattr("utils.distributed.local_main_first", lambda make: make())
+        monkeypatch.setattr("utils.distributed.local_rank_0_first", lambda make: make())
         monkeypatch.setattr("utils.distributed.world_size", lambda: world_size)
         monkeypatch.setattr("utils.distributed.rank", lambda: rank)
 
