@@ -184,7 +184,8 @@ def depends_on_data(func, args) -> bool:
     if func.overloadpacket in INDEXING:
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
         is_fill = len(args) > 2 and args[2].numel() == 1 and len(args[1]) == 1
-        return bool(masks) and not is_fill
+        is_allowed = on_gpu(args[0])  # PyTorch refuses an index on a GPU for a tensor on the CPU
+        return bool(masks) and is_allowed and not is_fill
     return not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.isdisjoint(func.tags)
 
 
