@@ -14,8 +14,9 @@ from utils.errors import UserError
 # Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
 # for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
 CHUNK_PIXELS = 16 * 128 * 32 * 32
-# Pixels in an evaluation batch: 512 images of 32 x 32, which need less memory than a training step of 128 images does.
-EVALUATION_PIXELS = 512 * 32 * 32
+# Pixels in an evaluation batch: 256 images of 32 x 32. For every network they need less memory than a training step of
+# 128 images, what the allocator keeps for later included, so that a GPU that trains can evaluate.
+EVALUATION_PIXELS = 256 * 32 * 32
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:

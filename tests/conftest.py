@@ -59,7 +59,7 @@ def gpu(tmp_path_factory):
         if os.environ.get("REQUIRE_EMULATED_GPU"):  # where nothing may be skipped
             raise
         pytest.skip(str(e))
-    with emulated_gpu.process(library, "90:80 90:80 70:16 86:8") as call:  # "capability:GiB" of each
+    with emulated_gpu.process(library, "90:80 90:80 70:16 86:8 61:8") as call:  # "capability:GiB" of each
         yield call
 
 

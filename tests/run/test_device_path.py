@@ -232,7 +232,9 @@ def precision_or_refusal(words: str) -> str:
         ("--device cuda:2 --precision auto", "fp32"),
         ("--device cuda:2 --precision bf16", "argument --precision: this GPU has no bf16"),
         ("--device cuda:2 --precision tf32", "argument --precision: tf32 needs an NVIDIA GPU of"),
-        ("--device cuda:4", "argument --device: 'cuda:4' cannot be used here; this machine has cpu and cuda:0"),
+        ("--device cuda:2 --precision fp16", "fp16"),
+        ("--device cuda:4 --precision fp16", "argument --precision: fp16 needs a GPU of compute capability 7.0"),
+        ("--device cuda:5", "argument --device: 'cuda:5' cannot be used here; this machine has cpu and cuda:0"),
     ],
 )
 def test_precision_is_what_the_gpu_has_and_others_are_refused(words, expected, gpu):
@@ -368,7 +370,7 @@ def memory(words: str) -> tuple[int, int]:
 def test_evaluation_holds_no_more_memory_than_training(network, precision, gpu):
     words = f"{ALL} --device cuda:0 --classifier_type {network} --precision {precision}"
     training, evaluation = gpu(memory, words, compute=False)
-    assert evaluation <= 1.02 * training
+    assert evaluation <= training
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnet50", "resnext50_32x4d"])
