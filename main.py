@@ -334,6 +334,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
 
+    # the run's flags, to which the command may add where and how to compute
     with reading(path):
         saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
         experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
@@ -346,14 +347,16 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
     loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
-    # The run's held-out images, unless others lie there now: those may be among the ones that it was trained on.
+    # the run's held-out images, unless others lie there now: those may be among the ones that it was trained on
     split = "val"
-    if own.val_split is not None and (
-        "val" not in loaders or loaders["val"].record["splits"]["val"] != recorded["val"]
-    ):
-        split = "test"
+    if own.val_split is not None:
+        found = loaders["val"].record["splits"]["val"] if "val" in loaders else None
+        if found != recorded["val"]:
+            split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")
+
+    # the metrics
     loader = loaders[split]
     if distributed.is_main():
         kind = "test" if own.val_split is None or split == "test" else "held-out training"
