@@ -39,6 +39,7 @@ from utils.errors import (
     print_error,
     run_command,
     signals_raise,
+    tell,
 )
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
@@ -142,7 +143,7 @@ def train(args, device: torch.device) -> None:
         check_images(run, checkpoint, train_loader.record)
         if run.is_finished:
             run.export("finished")
-            print(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
+            tell(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
         model, network, step, states = build_training(args, device, train_loader, checkpoint, run.source)
@@ -305,11 +306,11 @@ def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
             failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
     if found and distributed.is_main():
         for name, record in found.items():
-            print(name, results_table({"last": record}), sep="\n")
+            tell(f"{name}\n{results_table({'last': record})}")
         directory = Path(args.experiments_dir, args.run_name)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "val.json", found[str(path)] if is_one else found)
-        print(f"written to {directory / 'val.json'}")
+        tell(f"written to {directory / 'val.json'}")
     if not runs:
         raise UserError(f"{path} holds no checkpoint")
     if failed:
@@ -329,7 +330,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     """
     checkpoint, path, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(path))
     if note and distributed.is_main():
-        print(note)
+        tell(note)
 
     def fail(message):
         raise UserError(f"the flags in {path} are not valid here: {message}")
@@ -360,7 +361,7 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     loader = loaders[split]
     if distributed.is_main():
         kind = "test" if own.val_split is None or split == "test" else "held-out training"
-        print(f"{path}: {loader.num_samples} {kind} images")
+        tell(f"{path}: {loader.num_samples} {kind} images")
     logits, labels = predict(model, loader, own.precision)
     return {
         "checkpoint": str(path),

@@ -5,6 +5,7 @@ import hashlib
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import distributed
-from utils.errors import UserError, first_line, printable
+from utils.errors import UserError, first_line, printable, tell
 from utils.files import write_atomic
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -37,6 +38,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+warnings.filterwarnings("ignore", module="PIL")  # about images that it reads all the same
 
 Size = tuple[int, int]  # height, width in pixels
 Arrays = dict[str, np.ndarray]  # of each split, by its name: (M, H, W, 3) uint8, RGB
@@ -94,7 +97,7 @@ def note_skipped(folder: str | Path, others: list[str]) -> None:
 @cache  # a process may read a data set more than once
 def _print_note(text: str) -> None:
     if distributed.is_local_main():
-        print(f"note: {printable(text)}", file=sys.stderr)
+        tell(f"note: {printable(text)}", sys.stderr)
 
 
 def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
@@ -128,6 +131,8 @@ def _fit(image: Image.Image, size: Size) -> Image.Image:
     height, width = size
     covering_height = max(height, width * image.height // image.width)
     covering_width = max(width, height * image.width // image.height)
+    if covering_height * covering_width > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow")
     image = image.resize((covering_width, covering_height), Image.Resampling.BILINEAR)
     top = round((covering_height - height) / 2)
     left = round((covering_width - width) / 2)
@@ -223,7 +228,7 @@ def _write_cache(path: Path, keys: dict[str, str], images: Arrays, own_size: Siz
         arrays[f"{name}_key"] = key
     megabytes = sum(part.nbytes for part in images.values()) / 1e6
     if distributed.is_local_main():
-        print(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files", flush=True)
+        tell(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
     try:
         write_atomic(path, lambda file: np.savez(file, **arrays))
     except UserError:

@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
     if jobs > 1:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, threads // jobs))
     gpus = gpus if flags.device == "cuda" else 0  # with --device cuda:1, all runs use that GPU
-    experiments = ROOT / Path(flags.experiments_dir).expanduser()
+    experiments = ROOT / flags.experiments_dir
     return run_all(runs, experiments, flags.overwrite, jobs, gpus)
 
 

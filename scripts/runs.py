@@ -46,7 +46,7 @@ COLUMNS |= {
 OF_PNORM = ("augrc_pnorm", "pnorm_p")
 TIMES = ("seconds_per_epoch", "hours")
 
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError)
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
 # Entries of config.json that have no value in the paper's setting; network and methods vary within its tables.

@@ -6,14 +6,19 @@
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # on any machine, so that runs of different machines belong together
-epochs=${EPOCHS:-60}
+epochs=${EPOCHS:-60} seeds=${SEEDS:-1 2 3}
+for number in "$epochs" $seeds; do
+    case $number in 0?* | *[!0-9]*) echo "study.sh: '$number' is not a whole number" >&2 && exit 2 ;; esac
+done
+case $seeds in *[0-9]*) ;; *) echo "study.sh: SEEDS names no seed" >&2 && exit 2 ;; esac
+[ "$epochs" -ge 2 ] || { echo "study.sh: EPOCHS is $epochs: too few for two drops of the learning rate" >&2 && exit 2; }
 run='"$@" || { echo "FAILED: $*" >&2; exit 1; }'
 if [ "${1-}" = --dry-run ]; then
     run='echo "$*"'
     shift
 fi
 
-for seed in ${SEEDS:-1 2 3}; do # a name, and what the setting adds
+for seed in $seeds; do # a name, and what the setting adds
     while read -r name flags; do
         echo "--run_name ${name}_seed$seed $flags --seed $seed"
     done <<SETTINGS

@@ -147,6 +147,8 @@ def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
     """
     if not path.is_dir():
         return load_checkpoint(path), path, ""
+    if not any((path / name).exists() for name in (LAST, PREVIOUS)):
+        raise UserError(f"{path} holds no checkpoint: give a run directory, or a checkpoint file")
     problems = []
     for file in (path / LAST, path / PREVIOUS):
         try:

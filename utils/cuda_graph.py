@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from utils.errors import OUT_OF_MEMORY, first_line
+from utils.errors import OUT_OF_MEMORY, first_line, tell
 
 WARM_UP = 3  # steps in which libraries choose kernels and lazily built state (momentum, meters) gets its memory
 
@@ -43,7 +43,7 @@ class GraphedStep:
                 if any(text in str(error) for error in (e, e.__context__) for text in OUT_OF_MEMORY):
                     raise
                 cause = first_line(e.__context__ or e)  # closing the graph raises another error
-                print(f"note: the step could not be captured ({cause}): running without", file=sys.stderr)
+                tell(f"note: the step could not be captured ({cause}): running without", sys.stderr)
                 self.failed = True
                 self._run(images, labels, index, batch_size)
                 return

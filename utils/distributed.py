@@ -29,6 +29,8 @@ def check_environment() -> None:
     """Raises ValueError naming a variable of torchrun's that is missing, no number or out of range."""
     numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     wrong = [name for name in numbers if not (os.environ.get(name) or "0").isdecimal()]
+    if not wrong and num_launched() == 0:
+        wrong = ["WORLD_SIZE"]
     if not wrong and num_launched() > 1:
         wrong = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if int(os.environ["RANK"]) >= num_launched():

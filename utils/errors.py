@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # PyTorch on a CPU, on a GPU, CUDA libraries
 
@@ -104,10 +105,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print a line on standard output, or on `stream`, in one write, since several runs may share a terminal. That
+    nobody can read it, as after a closed pager or on a full disk, stops nothing."""
+    with contextlib.suppress(OSError):
+        print(f"{text}\n", end="", file=stream, flush=True)
+
+
 def print_error(message: str) -> None:
     """Print `error: ` and the message on standard error, in one line whatever names of files it holds."""
-    with contextlib.suppress(OSError):  # nobody reads it
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    tell(f"error: {printable(message)}", sys.stderr)
 
 
 def run_command(command: Callable[[], int | None]) -> None:

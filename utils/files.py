@@ -25,21 +25,26 @@ def temporary_name(path: Path) -> Path:
 def write_atomic(path: Path, content: bytes | memoryview | Callable[[BinaryIO], None]) -> None:
     """Write a file so that, whatever happens, `path` holds either the old content or the new.
 
-    `content` may be a function that writes it to a file.
+    A symbolic link stays one: its target is replaced. A device or pipe, which a rename would replace by a file, is
+    written to. `content` may be a function that writes it to a file.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    temporary = temporary_name(path)
+    is_special = path.exists() and not path.is_file()
+    target = path if is_special else Path(os.path.realpath(path))
+    temporary = temporary_name(target)
     try:
-        with open(temporary, "wb") as f:
+        with open(target if is_special else temporary, "wb") as f:
             if callable(content):
                 content(f)
             else:
                 f.write(content)
             f.flush()
-            os.fsync(f.fileno())
-        _rename(temporary, path)
+            if not is_special:
+                os.fsync(f.fileno())
+        if not is_special:
+            _rename(temporary, target)
     except OSError as e:
         remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix it"
         raise UserError(

@@ -1,6 +1,5 @@
 """One record per epoch -> the console, experiment.log and TensorBoard; a progress bar on a terminal."""
 
-import contextlib
 import importlib.util
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils import figures
+from utils.errors import tell
 from utils.metrics import SHOWN, shown_metrics
 from utils.records import classifiers, results_table
 
@@ -41,8 +41,7 @@ class Logger:
         if self.silent:
             return
         self._log.write(f"{text}\n")
-        with contextlib.suppress(OSError):  # a closed pager or terminal must not stop the run
-            print(f"{text}\n", end="", flush=True)  # in one write: several runs may share a terminal
+        tell(text)
 
     def bar(self, loader, meter) -> Iterator:
         """The loader's batches, on a terminal with a progress bar: a `progress` argument for train_one_epoch."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, reading, write_checkpoint
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, UserError, tell
 from utils.files import link_atomic, write_atomic
 from utils.records import best_record
 
@@ -64,8 +64,7 @@ class RunDirectory:
             if self._num_saved:
                 again = "the same command" + (" without --overwrite" if self.flags["overwrite"] else "")
                 what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun {again} to resume"
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
+            tell(f"\ninterrupted: {what}", sys.stderr)
         if self._lock is not None:
             self._lock.close()
 
@@ -88,6 +87,8 @@ class RunDirectory:
         if checkpoint is not None:
             self.history = checkpoint["history"]
             self._record |= {name: checkpoint[name] for name in ("data", "starts", "changes")}
+            if self.source.parent == self.path:  # what the run was started from once, also where nobody says so again
+                self._record["args"] = {**self.flags, "resume": checkpoint["args"].get("resume")}
             if self.is_finished:
                 self._record |= {name: checkpoint[name] for name in ("args", "test", "finished")}
         return checkpoint
@@ -110,11 +111,11 @@ class RunDirectory:
         done, wanted = len(checkpoint["history"]), self.flags["end_epoch"]
         self._num_saved = done if is_here else 0
         if note:
-            print(note)
+            tell(note)
         lacks_predictions = self.flags["save_predictions"] and not (self.path / "predictions.npz").exists()
         is_finished = is_here and done == wanted and checkpoint["finished"] and not lacks_predictions
         if done < wanted:
-            print(f"continuing from {source}: {done} of {wanted} epochs are done")
+            tell(f"continuing from {source}: {done} of {wanted} epochs are done")
         return checkpoint, source, is_finished
 
     def _was_begun_by_this_launch(self) -> bool:
@@ -137,12 +138,22 @@ class RunDirectory:
                 f"{self.path} holds the results of a run whose checkpoints are gone: give another --run_name, or"
                 " --overwrite to start over"
             )
-        # What a run leaves that was stopped before its first save is none of these.
-        foreign = [*self.path.glob("checkpoint_*.pth"), *self.path.glob("predictions.npz")]
+        # A run that was stopped before its first save leaves none of the first three, and others beside results.json.
+        unexpected = ["checkpoint_*.pth", "predictions.npz", "val.json"]
+        if not self._holds_status():
+            unexpected += ["results.json", "config.json", "experiment.log"]
+        foreign = [file for pattern in unexpected for file in self.path.glob(pattern)]
         if foreign:
             raise UserError(
                 f"{foreign[0]} is not this run's: give another --run_name, or --overwrite to remove what is there"
             )
+
+    def _holds_status(self) -> bool:
+        """Whether results.json is one of `export`'s."""
+        try:
+            return "status" in dict(json.loads((self.path / "results.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _check_origin(self, checkpoint: dict) -> None:
         """Raises UserError where --resume names something else than this directory or what its run started from."""
@@ -150,7 +161,7 @@ class RunDirectory:
         if (given if given.is_dir() else given.parent).resolve() == self.path.resolve():
             if given.is_file() and given.name != LAST:
                 raise UserError(f"{self.path} continues from its {LAST}: give another --run_name to start from {given}")
-        elif checkpoint["args"].get("resume") != self.flags["resume"]:
+        elif _origin(checkpoint["args"].get("resume")) != _origin(given):
             raise UserError(f"{self.path} holds a run that was not started from {given}: give another --run_name")
 
     def _acquire_lock(self) -> None:
@@ -337,6 +348,14 @@ class RunDirectory:
             file, content = self.path / name, contents[name].encode()
             if not (file.is_file() and file.read_bytes() == content):
                 write_atomic(file, content)
+
+
+def _origin(resume: str | Path | None) -> Path | None:
+    """What --resume names: a directory, or a file that is not the last checkpoint of one."""
+    if resume is None:
+        return None
+    path = Path(resume).resolve()
+    return path.parent if path.name == LAST else path
 
 
 def _permission(differ: list[str]) -> str:

@@ -241,7 +241,15 @@ def test_a_lonely_process_prints_that_it_waits_and_ends_at_a_signal(rank, number
 
 
 VARIABLES = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_PORT=1 MASTER_ADDR=127.0.0.1"
-WRONG = ["WORLD_SIZE=x", "RANK=-1", "RANK=2", "MASTER_PORT=x", "MASTER_ADDR=", "TORCHELASTIC_RESTART_COUNT=x"]
+WRONG = [
+    "WORLD_SIZE=x",
+    "WORLD_SIZE=0",
+    "RANK=-1",
+    "RANK=2",
+    "MASTER_PORT=x",
+    "MASTER_ADDR=",
+    "TORCHELASTIC_RESTART_COUNT=x",
+]
 
 
 @pytest.mark.parametrize("line", [*WRONG, "WORLD_SIZE=3"])

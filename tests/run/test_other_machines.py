@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import os
 import runpy
 import shutil
@@ -15,7 +16,7 @@ from conftest import ROOT
 
 import main
 from utils import flags, machine
-from utils.errors import Interrupted, UserError, print_error, signals_raise
+from utils.errors import Interrupted, UserError, print_error, signals_raise, tell
 from utils.files import write_atomic
 
 
@@ -45,6 +46,24 @@ def test_a_directory_that_fails_to_sync_is_an_error_that_leaves_no_file_open(tmp
     with pytest.raises(UserError, match="cannot be written"):
         write_atomic(tmp_path / "file", b"content")
     assert os.listdir("/proc/self/fd") == open_files
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, b"content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_one_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
 
 
 def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
@@ -77,6 +96,21 @@ def test_closed_streams_change_no_status(status, redirect, out, err):
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_no_file_gets_the_number_of_a_closed_stream(redirect):
     assert script("def main(): return open('README.md').fileno() <= 2", redirect=redirect).returncode == 0
+
+
+class Full(io.StringIO):
+    """A stream to a full disk."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_line_that_cannot_be_written_stops_nothing(name, monkeypatch):
+    stream = Full()
+    monkeypatch.setattr(sys, name, stream)
+    tell("a line", None if name == "stdout" else stream)
+    assert stream.getvalue() == "a line\n"
 
 
 def test_a_full_disk_behind_standard_output_is_no_success():

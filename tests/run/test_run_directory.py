@@ -3,6 +3,7 @@
 import itertools
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_resumed_in_another_directory_tests_the_best_epoch_it_came_with(resumed)
 def test_run_that_was_started_from_another_checkpoint_is_refused(resumed, finished, refused):
     error = refused(train, resumed, "--resume", str(finished))
     assert f"holds a run that was not started from {finished}" in error
+
+
+def test_checkpoint_that_the_run_was_started_from_has_many_names(resumed, old, capsys):
+    for name in (old / LAST, os.path.relpath(old), f"{old}/."):
+        assert train(resumed, "--resume", str(name)) == 0
+        assert "is finished" in capsys.readouterr().out
+
+
+def test_run_that_goes_on_keeps_what_it_was_started_from(resumed, old, tmp_path):
+    run = shutil.copytree(resumed, tmp_path / "run")
+    assert train(run, "--end_epoch", "4", "--allow_change", "end_epoch") == 0
+    assert read(run, "config.json")["resume"] == str(old)
+    assert read_checkpoint(run)["args"]["resume"] == str(old)
+
+
+def test_directory_without_a_checkpoint_is_named(tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    error = refused(train, tmp_path / "run", "--resume", str(tmp_path / "empty"))
+    assert error.startswith(f"error: {tmp_path / 'empty'} holds no checkpoint")
 
 
 def test_other_checkpoint_of_the_same_directory_is_refused(resumed, refused):

@@ -107,13 +107,24 @@ def test_results_whose_checkpoints_were_removed_are_kept(resumes, finished, copi
     assert files(copied) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoint_final.pth", "predictions.npz"])
+FOREIGN = ["checkpoint_final.pth", "predictions.npz", "val.json", "results.json", "config.json", "experiment.log"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
 def test_directory_with_files_of_something_else_is_refused(name, tmp_path, refused):
     file = tmp_path / "run" / name
     file.parent.mkdir()
     file.write_text("precious")
     assert f"{name} is not this run's" in refused(train, file.parent)
     assert file.read_text() == "precious"
+
+
+def test_directory_of_a_run_that_stopped_before_its_first_save_is_used_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text('{"status": "interrupted", "epochs": 0}')
+    (tmp_path / "run" / "experiment.log").write_text("first start\n")
+    assert train(tmp_path / "run") == 0
+    assert len(read_records(tmp_path / "run")) == 3
 
 
 def test_only_temporary_files_of_a_run_are_removed(stopped):

@@ -83,6 +83,12 @@ def test_orientation_of_a_jpeg_and_behind_the_pixels_of_a_png(tmp_path):
     assert np.array_equal(read_image(tmp_path / "x.png"), np.rot90(pixels, -1))
 
 
+def test_strip_that_no_memory_could_hold_when_resized_is_named(tmp_path):
+    Image.new("1", (1_000_000, 1)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png .*1000000 x 1 pixels are too long and narrow"):
+        read_image(tmp_path / "x.png", (32, 32))
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("record", [b"Exif\0\0damaged", b"", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
 def test_damaged_exif_record_is_no_damaged_image(record, tmp_path):

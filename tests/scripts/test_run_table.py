@@ -179,6 +179,20 @@ def test_study_trains_its_ten_settings_seed_by_seed(tmp_path):
         assert (args.classes, args.val_split, args.width, args.lr_decay_schedule) == (20, 0.1, 16, [40, 60])
 
 
+@pytest.mark.parametrize("variable", ["EPOCHS=010", "EPOCHS=1", "EPOCHS=x", "SEEDS=1 -2", "SEEDS= "])
+def test_study_refuses_what_is_no_number(variable):
+    environment = dict([*os.environ.items(), variable.split("=")])
+    done = subprocess.run([SCRIPTS / "study.sh", "--dry-run"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("study.sh: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_unknown_home_is_left_as_it_is(runs, monkeypatch, capfd):
+    monkeypatch.setenv("EXPERIMENTS", "~nosuch/runs")
+    assert len(dry_run(capfd, "1", "1")) == 1
+
+
 def test_longest_rows_first_with_several_jobs(runs, monkeypatch, capfd):
     monkeypatch.setenv("SEEDS", "1 2")  # in the paper 28.9 seconds per epoch for row 2, 32.4 for row 5
     for jobs, rows in (("1", ["BYOT", "PSKD_BYOT"]), ("2", ["PSKD_BYOT", "BYOT"])):

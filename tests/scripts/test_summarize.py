@@ -202,6 +202,7 @@ DAMAGE = {
     "starts": ("config.json", '"seed"', '"starts": null, "seed"'),
     "device": ("config.json", '"device_name"', '"no_name"'),
     "changes": ("config.json", '"seed"', '"changes": [5], "seed"'),
+    "deep": ("config.json", '"seed"', f'"deep": {"[" * 100_000}, "seed"'),
     "splits": ("config.json", '"splits": {', '"splits": [], "was": {'),
 }
 
