@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import data
 import main
 from data import synthetic
+from loss import Objective, build_objective
+from models import Outputs
 from utils import run_directory
 from utils.checkpoint import LAST
 from utils.engine import TrainStep
@@ -218,3 +221,56 @@ def cells(output, **labels):
 
 def split_cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 0])  # of the five images, INDEX, of `random_outputs`
+INDEX = torch.arange(5)
+
+
+def objective_of(words: str, num_samples: int = 5, num_classes: int = 4) -> Objective:
+    args = main.parse_args(["--device", "cpu", *words.split()])
+    return build_objective(args, num_samples, num_classes).double()
+
+
+def tensor(*rows) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def near(value):
+    """Equal but for the rounding of float64."""
+    return pytest.approx(value, rel=1e-12, abs=1e-15)
+
+
+def random_outputs(seed: int = 0, exits: int = 3) -> Outputs:
+    """N = 5, K = 4, D = 6 in float64; leaves, so that gradients show who gets one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(width):
+        return torch.randn(5, width, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    logits, feature = draw(4), draw(6)
+    exit_logits = tuple(draw(4) for _ in range(exits))
+    exit_features = tuple(draw(6) for _ in range(exits))
+    return Outputs(logits, feature, exit_logits, exit_features)
+
+
+def leaves(outputs: Outputs) -> dict[str, Tensor]:
+    """The outputs by name: logits, feature, exit_logits1, ..., exit_features1, ..."""
+    found = {"logits": outputs.logits, "feature": outputs.feature}
+    for i, logits in enumerate(outputs.exit_logits, start=1):
+        found[f"exit_logits{i}"] = logits
+    for i, feature in enumerate(outputs.exit_features, start=1):
+        found[f"exit_features{i}"] = feature
+    return found
+
+
+def gradients(loss: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+    """Of each output, by name; zeros where none arrives."""
+    tensors = leaves(outputs)
+    found = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True, materialize_grads=True)
+    return dict(zip(tensors, found, strict=True))
+
+
+def receives_gradient(part: Tensor, outputs: Outputs) -> set[str]:
+    """Names of the outputs that `part` sends a gradient to."""
+    return {name for name, gradient in gradients(part, outputs).items() if gradient.any()}
