@@ -20,7 +20,7 @@ import data
 import main
 from data import synthetic
 from loss import Objective, build_objective
-from models import Outputs
+from models import Outputs, build_model
 from utils import run_directory
 from utils.checkpoint import LAST
 from utils.engine import TrainStep
@@ -274,3 +274,19 @@ def gradients(loss: Tensor, outputs: Outputs) -> dict[str, Tensor]:
 def receives_gradient(part: Tensor, outputs: Outputs) -> set[str]:
     """Names of the outputs that `part` sends a gradient to."""
     return {name for name, gradient in gradients(part, outputs).items() if gradient.any()}
+
+
+NARROWEST = {"resnext50_32x4d": 16, "resnext101_32x8d": 8}  # widths; the others': 1
+
+
+def build_network(name: str, flags: str = "", width: int = 8, num_classes: int = 10):
+    """A network that is `width` wide, or as narrow as it can be."""
+    width = max(width, NARROWEST.get(name, 1))
+    argv = ["--classifier_type", name, "--width", str(width), "--device", "cpu", "--precision", "fp32"]
+    args = main.parse_args(argv + flags.split())
+    return build_model(args, num_classes)
+
+
+def network_images(size: int = 16, num: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num, 3, size, size, generator=generator)
