@@ -153,7 +153,7 @@ def train(args, device: torch.device) -> None:
         run.begin(environment(device, distributed.world_size()), train_loader.record, checkpoint)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
-        train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))
+        train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
         notes = flags.notes(args, device)
         experiment = {name: value for name, value in vars(args).items() if name not in RUNTIME_FLAGS}
         logger.start(headline(args, device, model, loaders), notes, experiment, train_loader, run.history)
@@ -167,7 +167,7 @@ def train(args, device: torch.device) -> None:
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
             trained = train_one_epoch(step, train_loader, logger.bar)
-            distributed.broadcast_buffers(model)  # first, so that every process finds the same
+            distributed.broadcast_buffers(model)  # now, so that all processes find the same number that is not finite
             if bad := first_nonfinite(model, trained["train"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: {bad} is not finite")
 

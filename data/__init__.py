@@ -139,7 +139,7 @@ def load_splits(
         limit = args.limit_train if name == "train" else args.limit_val
         part = splits[name] = part.first_of_each_class(limit)
         facts[name] = {"images": len(part.labels), "digest": part.digest()}
-    record = {
+    found = {
         "class_names": list(class_names),
         "mean": list(mean),
         "std": list(std),
@@ -151,7 +151,7 @@ def load_splits(
     loaders = {}
     for name, part in splits.items():
         options = training if name == "train" else {}
-        loaders[name] = Loader(part, record, args.image_size, torch.device(device), **options)
+        loaders[name] = Loader(part, found, args.image_size, torch.device(device), **options)
     return loaders
 
 

@@ -141,7 +141,7 @@ def read_folder(root: Path, options: ReadOptions) -> Images:
 def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
     """The folders of the splits that are to be read, by name: `train`, `test`."""
     if not root.is_dir():
-        raise UserError(f"{root} is not a directory")
+        raise UserError(f"{root} is not a directory: give one to --data_path")
     test = root / "test" if (root / "test").is_dir() else root / "val"
     if not test.is_dir():
         test = None

@@ -55,7 +55,8 @@ class LabelSmoothing(Term):
 class Objective(nn.Module):
     """Adds up the terms' parts.
 
-    `objective(outputs, labels, index)` returns the loss and its parts (weighted, detached, adding up to the loss).
+    `objective(outputs, labels, index, batch_size)` returns the loss and its parts (weighted, detached, adding up to the
+    loss).
     With several processes, however unequal their shards of the batch, the mean of their losses is the loss of the
     global batch: DistributedDataParallel averages gradients.
 

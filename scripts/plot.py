@@ -11,7 +11,8 @@
                          --val_split)
 
 All but the learning curves are of the last epoch. Reliability, risk and learning curves are of the validation split,
-which without --val_split is the test split; the others are of the test split. Runs that differ only in the seed are one
+which without --val_split is the test split, and need run directories; the others are of the test split, and study files
+(.jsonl) have them too. Runs that differ only in the seed are one
 group, and have the label that summarize.py gives them; each network and data set has a panel.
 """
 
@@ -42,6 +43,7 @@ MARKERS = "sD^vPX<>"
 # In figures of all classifiers the markers say which one it is.
 CLASSIFIERS = {"exit 1": "o", "exit 2": "o", "exit 3": "o", "final": "D", "ensemble": "*"}
 FINAL = 3  # its place there
+TITLE_WIDTH = 34  # characters that fit above a panel
 MARKER_SIZES = {"o": 4, "D": 4, "*": 8}
 
 
@@ -55,17 +57,25 @@ def risk_coverage(axis, runs: list[Run], **line) -> None:
 
 def read_predictions(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Confidence of each validation image's prediction, and 1 where it is wrong: (M,) each."""
-    path = Path(run.name, "predictions.npz")
+    path = run_directory(run) / "predictions.npz"
     if not path.exists():
         raise ValueError("needs --save_predictions")
     with np.load(path) as file:
         return confidence_and_error(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
 
 
+def run_directory(run: Run) -> Path:
+    """Raises ValueError for a run of a study file."""
+    path = Path(run.name)
+    if not path.is_dir():
+        raise ValueError("needs the run directory: a study file has neither epochs nor predictions")
+    return path
+
+
 def learning_curves(axis, runs: list[Run], **line) -> None:
     errors = []
     for run in runs:
-        lines = Path(run.name, "metrics.jsonl").read_text().splitlines()
+        lines = (run_directory(run) / "metrics.jsonl").read_text().splitlines()
         errors.append([json.loads(line)["val"]["top1_error"] for line in lines])
     figures.mean_band(axis, range(1, len(errors[0]) + 1), np.array(errors), **line)
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -156,8 +166,9 @@ def error_against_ranking(Figure, groups: list[list[Run]], styles: dict[str, dic
     figure, axes = make_figure(Figure, len(panels), len(keys), len(styles))
     for row, (title, in_panel) in zip(axes, panels.items(), strict=True):
         for axis, key in zip(row, keys, strict=True):
-            axis.set_title(title)
+            axis.set_title(textwrap.fill(title, TITLE_WIDTH))
             ranking(axis, in_panel, key, titles[key], styles)
+            axis.set_visible(axis.has_data())
     add_legend(figure, styles)
     return figure
 
@@ -170,18 +181,17 @@ def draw(Figure, draw_group, groups: list[list[Run]], styles: dict[str, dict]):
     """
     panels = panels_of(groups)
     figure, (axes,) = make_figure(Figure, 1, len(panels), len(styles))
-    is_empty = True
     for axis, (title, in_panel) in zip(axes, panels.items(), strict=True):
-        axis.set_title(title)
+        axis.set_title(textwrap.fill(title, TITLE_WIDTH))
         for runs in in_panel:
             label = runs[0].label
             try:
                 draw_group(axis, runs, label=wrapped(label), **styles[label])
-                is_empty = False
             except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:
                 names = ", ".join(run.name for run in runs)
                 print(printable(f"left out of {draw_group.__name__}: {names} ({error})"))
-    if is_empty:
+        axis.set_visible(axis.has_data())
+    if not any(axis.get_visible() for axis in axes):
         return None
     markers = {"exits": "o", "final": "D", "ensemble": "*"} if draw_group in (exits, early_exit) else {}
     add_legend(figure, styles, markers)

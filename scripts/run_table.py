@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"{e}: activate the virtual environment, or set PYTHON to its interpreter")
     if args.dry_run:
         for run in runs.values():
-            print(shlex.join(run.command))
+            write_line(shlex.join(run.command))
         return 0
     if jobs > 1:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, threads // jobs))

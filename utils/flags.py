@@ -180,13 +180,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     switch = functools.partial(add_switch, group)
     text = "parent of run directories (default: %(default)s, below the working directory)"
     path("--experiments_dir", "machine", text, default="experiments", metavar="DIR", also="output output_dir out")
-    text = (
-        "the run's directory (default: <data>_<model>_<methods>_seed<seed>, a name for each row of the paper's tables)"
-    )
+    text = "the run's directory (default: <data>_<model>_<methods>_seed<seed>; runs that differ in other flags need"
+    text += " names of their own)"
     add("--run_name", "runtime", metavar="NAME", help=text)
-    text = "continue from this checkpoint or run directory, with the same flags (default: the run's own, if any)"
+    text = "continue this checkpoint or run directory, with the same flags and images, under --run_name (default: the"
+    text += " run's own, if any)"
     path("--resume", "runtime", text, metavar="PATH", also="checkpoint")
-    text = "with --resume: evaluate the checkpoint, or every run under a directory, with its own flags"
+    text = "with --resume: evaluate the checkpoint, or every run under a directory, with its own flags, on the"
+    text += " validation images; writes val.json to <experiments_dir>/<run_name> (default name: val_only)"
     switch("--val_only", "runtime", help=text, also="eval evaluate test")
     switch("--overwrite", "runtime", help="start over, replacing what the run directory holds")
     add(

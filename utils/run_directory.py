@@ -359,7 +359,8 @@ def _origin(resume: str | Path | None) -> Path | None:
 
 
 def _permission(differ: list[str]) -> str:
-    """How to let changes be that may be allowed; empty where there are none among them."""
+    """How to let these changes be; empty where one of them may not be allowed."""
     names = [line.split()[0].removeprefix("--") for line in differ]
-    names = [name for name in names if name in ("end_epoch", "precision", "processes")]
-    return f" (--allow_change {' '.join(names)} continues all the same and records it)" if names else ""
+    if not set(names) <= {"end_epoch", "precision", "processes"}:
+        return ""
+    return f" (--allow_change {' '.join(names)} continues all the same and records it)"

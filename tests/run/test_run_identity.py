@@ -43,6 +43,13 @@ def test_other_precision_is_refused_without_permission(stopped, refused):
     assert "--precision fp32 -> bf16" in refused(train, stopped, "--precision", "bf16")
 
 
+def test_permission_is_suggested_only_where_it_suffices(stopped, refused):
+    assert "(--allow_change end_epoch " in refused(train, stopped, "--end_epoch", "4")
+    error = refused(train, stopped, "--end_epoch", "4", "--seed", "5")
+    assert "--end_epoch 3 -> 4" in error
+    assert "--allow_change" not in error
+
+
 def test_precision_changes_by_permission(stopped):
     assert train(stopped, "--precision", "bf16", "--allow_change", "precision") == 0
     change = {"epoch": 2, "name": "precision", "before": "fp32", "after": "bf16"}
