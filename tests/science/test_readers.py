@@ -319,10 +319,8 @@ def test_folders_with_too_many_images_are_not_cifar(cifar):
     assert f"{folders} is not {name}" in error_of(name.lower(), folders)
 
 
-SIZES = {"train": 6, "val": 3}  # of 9 training images with --val_split 0.3
-
-
 def split_sizes(folder):
+    """With --val_split 0.3."""
     splits = build_splits("--data_type", "folder", "--data_path", folder, "--val_split", "0.3")
     return {name: split.num_samples for name, split in splits.items()}
 
@@ -334,11 +332,11 @@ def test_classes_are_read_without_a_test_split_for_val_split(root, path):
     assert len(train.images) == 9
     assert test is None
     assert class_names == ["a", "b", "c"]
-    assert split_sizes(root / path) == SIZES
+    assert split_sizes(root / path) == {"train": 6, "val": 3}
 
 
 def test_a_test_split_that_is_there_is_read_with_val_split_too(root):
-    assert split_sizes(root) == {**SIZES, "test": 3}
+    assert split_sizes(root) == {"train": 6, "val": 3, "test": 3}
 
 
 def test_a_test_split_is_read_alone(root):
