@@ -90,14 +90,14 @@ def test_meter_weights_by_images_in_float64(processes, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     monkeypatch.setattr(distributed, "all_reduce_sum_", lambda sums: sums.mul_(processes))
     meter = engine.Meter(CPU)
-    for ce, classes in ((2.0**24, [1, 1, 0]), (1.0, [0, 0, 0]), (5.0, [1])):  # 2^24 + 1 is not a float32
+    for ce, classes in ((2.0**24, [1, 1, 0]), (1.0, [0, 0, 0]), (2.0, [1])):  # 3 * 2^24 + 5 is not a float32
         logits = torch.eye(2)[classes]
         labels = torch.zeros(len(classes), dtype=torch.int64)
         parts = {"ce": torch.tensor(ce), "dml": torch.tensor(-ce / 2)}
         batch_size = len(classes) * processes
         meter.update(parts, logits, labels, batch_size)
         meter.num_images += batch_size
-    ce = (3 * 2**24 + 3 * 1 + 1 * 5) / 7
+    ce = (3 * 2**24 + 3 * 1 + 1 * 2) / 7
     expected = {"loss": ce / 2, "ce": ce, "dml": -ce / 2, "top1_error": 100 * 3 / 7}
     assert meter.means() == pytest.approx(expected, rel=1e-14)
     assert meter.local_means() == meter.means()
