@@ -89,7 +89,9 @@ def accuracies(runs: list[Run]) -> np.ndarray:
 
 def exits(axis, runs: list[Run], **line) -> None:
     mean, sd = figures.mean_sd(accuracies(runs))
-    shift = 0.03 * len(axis.containers)  # so that the groups' error bars stand side by side
+    number = len(axis.containers)
+    side = -1 if number % 2 else 1
+    shift = side * 0.03 * ((number + 1) // 2)  # so that the groups' error bars stand side by side
     position = np.arange(len(mean)) + shift
     is_trained = ~np.isnan(mean)
     line["marker"] = ""
@@ -108,6 +110,8 @@ def mark_classifiers(axis, x: np.ndarray, y: np.ndarray, colour: str) -> None:
 
 
 def early_exit(axis, runs: list[Run], **line) -> None:
+    text = "MACs (multiply-adds) per image, % of the backbone's\nmarkers: no early exit"
+    axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
     results = [run.results.get("test", {}).get("last", {}).get("early_exit") for run in runs]
     if None in results:
         if runs[0].label != BASE:
@@ -128,8 +132,6 @@ def early_exit(axis, runs: list[Run], **line) -> None:
     missing = [np.nan] * (3 - len(at_exits))
     costs = np.array([*at_exits, *missing, backbone, all_exits])
     mark_classifiers(axis, 100 * costs / backbone, accuracies(runs).mean(axis=0), line["color"])
-    text = "MACs (multiply-adds) per image, % of the backbone's\nmarkers: no early exit"
-    axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
 
 
 def ranking(axis, groups: list[list[Run]], key: str, title: str, styles: dict[str, dict]) -> None:
@@ -159,6 +161,7 @@ def ranking(axis, groups: list[list[Run]], key: str, title: str, styles: dict[st
 def error_against_ranking(Figure, groups: list[list[Run]], styles: dict[str, dict]):
     """A row per network and data set and a panel per quantity; None where no run has one of them."""
     titles = {"augrc": "AUGRC (x 1000)", "nll_after_T": "NLL after temperature scaling (nats)"}
+    groups = [runs for runs in groups if not titles.keys().isdisjoint(runs[0].values)]
     keys = [key for key in titles if any(key in runs[0].values for runs in groups)]
     if not keys:
         return None
@@ -175,11 +178,13 @@ def error_against_ranking(Figure, groups: list[list[Run]], styles: dict[str, dic
 
 def draw(Figure, draw_group, groups: list[list[Run]], styles: dict[str, dict]):
     """A figure with a panel per network and data set, or None without any data; a group of which a run lacks something
-    is printed.
+    is left out, and printed.
 
     draw_group: one of the functions above.
     """
-    panels = panels_of(groups)
+    if not groups:
+        return None
+    panels, incomplete = panels_of(groups), []
     figure, (axes,) = make_figure(Figure, 1, len(panels), len(styles))
     for axis, (title, in_panel) in zip(axes, panels.items(), strict=True):
         axis.set_title(textwrap.fill(title, TITLE_WIDTH))
@@ -190,9 +195,9 @@ def draw(Figure, draw_group, groups: list[list[Run]], styles: dict[str, dict]):
             except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:
                 names = ", ".join(run.name for run in runs)
                 print(printable(f"left out of {draw_group.__name__}: {names} ({error})"))
-        axis.set_visible(axis.has_data())
-    if not any(axis.get_visible() for axis in axes):
-        return None
+                incomplete.append(runs)
+    if incomplete:  # anew, so that every panel has something to show
+        return draw(Figure, draw_group, [runs for runs in groups if runs not in incomplete], styles)
     markers = {"exits": "o", "final": "D", "ensemble": "*"} if draw_group in (exits, early_exit) else {}
     add_legend(figure, styles, markers)
     return figure
