@@ -55,8 +55,8 @@ def add_flags(parser) -> None:
     number("--image_size", int, 32, 16, LARGEST, text, "paper")
     text, reason = "threads for decoding image files", "used only at the first start"
     number("--workers", int, 8, 0, 1024, text, reason, kind="machine", also="num_workers")
-    number("--classes", int, None, 2, 10**6, "use only the first N classes", "all")
-    text = "use only N training images, the first of each class, after --val_split"
+    number("--classes", int, None, 2, 10**6, "use only the first N classes, in the data set's order", "all")
+    text = "use at most N training images, the first of each class, after --val_split"
     number("--limit_train", int, None, 1, 10**9, text, "all")
     number("--limit_val", int, None, 1, 10**9, "the same for the validation images and for the test split", "all")
     text = "hold out this part of the training images, use it for model selection, and fit temperatures on it"

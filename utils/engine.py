@@ -1,4 +1,4 @@
-"""The loops: one epoch of training, one pass of validation. They know no method."""
+"""Optimiser, schedule, one step, one epoch of training, one pass of validation. They know no method."""
 
 import math
 import time
