@@ -59,7 +59,7 @@ def add_flags(parser) -> None:
     text = "use at most N training images, the first of each class, after --val_split"
     number("--limit_train", int, None, 1, 10**9, text, "all")
     number("--limit_val", int, None, 1, 10**9, "the same for the validation images and for the test split", "all")
-    text = "hold out this part of the training images, use it for model selection, and fit temperatures on it"
+    text = "hold out this part of the training images, drawn by --seed, to select the model and fit temperatures on"
     number("--val_split", float, None, 0.001, 0.9, text, "none: as in the paper, validation is the test split")
 
 

@@ -22,19 +22,10 @@ def add_flags(parser) -> None:
     switch("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
     number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD paper")
     number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher loss; labels get 1 - alpha", "paper")
-    number(
-        "--temperature",
-        float,
-        3.0,
-        0.01,
-        1000,
-        "BYOT: tau, which divides the logits in the teacher loss",
-        "published script",
-    )
-    text = (
-        "BYOT: weight of the hint, the squared distance of an exit's feature from the final one, a sum over the batch,"
-    )
-    text += " so that it grows with --batch_size"
+    text = "BYOT: tau, which divides the logits in the teacher loss"
+    number("--temperature", float, 3.0, 0.01, 1000, text, "published script")
+    text = "BYOT: weight of the hint, the squared distance of an exit's feature from the final one, a sum over the"
+    text += " batch, so that it grows with --batch_size"
     number("--beta", float, 1e-6, 0, 1000, text, "paper")
     number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: first exit trained by BYOT", "paper, Table 3")
     switch("--DML_on_output", help="DML: compare logits in place of features")

@@ -192,7 +192,9 @@ def table(files: list[str]) -> str:
 
 
 def command_line(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add, number = parser.add_argument, number_type(int, 1, 10**6)
     add("--configs", nargs="+", choices=CONFIGS, default=["reference", "eager"], metavar="C", help=", ".join(CONFIGS))
     add("--rounds", type=number, default=5, help="per configuration, after one to warm up (default: 5)")

@@ -171,16 +171,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "increase the rate linearly over the first N epochs: --lr / (N + 1), 2 --lr / (N + 1), ..."
     number("--warmup_epochs", int, 0, 0, 100_000, text, "paper, none", also="warmup")
-    number(
-        "--weight_decay",
-        float,
-        5e-4,
-        0,
-        1,
-        "on every parameter, BatchNorm's and biases too",
-        "published script",
-        also="wd",
-    )
+    text = "on every parameter, BatchNorm's and biases too"
+    number("--weight_decay", float, 5e-4, 0, 1, text, "published script", also="wd")
     text = "random seed (initialisation, data order, augmentation)"
     number("--seed", int, 4, 0, 2**32 - 1, text, "published script")
 
