@@ -13,37 +13,78 @@ from PIL import Image
 from data import build_loaders
 from models import load_run
 from models.exits import MultiExitResNet
-from utils.engine import predict as predict_split
+from utils import engine
 
 
-@pytest.mark.parametrize("methods", ["", "--BYOT", "--BYOT --val_split 0.3"])
-def test_predictions_equal_those_of_the_loaders_network(methods, tmp_path, capsys):
-    photos, table = tmp_path / "photos", tmp_path / "table.csv"
-    save_photos(photos)
-    words = f"{methods} --data_type folder --classes 2 --image_size 24 --data_path {photos}"
-    assert run(tmp_path / "run", *words.split()) == 0
-    model, info = load_run(tmp_path / "run")
-    logits, labels = predict_split(model, build_loaders(info["args"], "cpu", split="test"), "fp32")
+def call(*words) -> int:
+    return predict.main([str(word) for word in words])
+
+
+def train(directory, flags="--end_epoch 1"):
+    """A run on the photos beside it."""
+    words = f"--data_type folder --classes 2 --data_path {directory / 'photos'} {flags}"
+    assert run(directory / "run", *words.split()) == 0
+
+
+@pytest.fixture(scope="module", params=["", "--BYOT", "--BYOT --val_split 0.3"])
+def methods(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def multi_exit(methods, tmp_path_factory):
+    """A folder with a run and its photos; logits and labels of the loaders' network. Then a photo is damaged."""
+    directory = tmp_path_factory.mktemp("multi_exit")
+    save_photos(directory / "photos")
+    train(directory, f"{methods} --image_size 24")
+    model, info = load_run(directory / "run")
+    loader = build_loaders(info["args"], "cpu", split="test")
+    logits, labels = engine.predict(model, loader, "fp32")
+    damaged = directory / "photos" / "test" / "a" / "0-bad.jpg"
+    damaged.write_bytes(b"\xff\xd8 not a photograph")
+    return directory, logits, labels
+
+
+@pytest.mark.parametrize("threshold", [1.01, 1, 0])
+def test_predictions_equal_those_of_the_loaders_network(multi_exit, methods, threshold, tmp_path):
+    directory, logits, labels = multi_exit
+    model, _ = load_run(directory / "run")
+    i = 0 if threshold == 0 else -1
+    decided_by = "exit 1" if methods and threshold == 0 else "final"
     costs, backbone = model.multiply_adds(24)
-    (photos / "test" / "a" / "0-bad.jpg").write_bytes(b"\xff\xd8 not a photograph")
-    for threshold, i, cost in (("1.01", -1, backbone), ("1", -1, costs[-1]), ("0", 0, costs[0])):
-        capsys.readouterr()
-        argv = [str(tmp_path / "run"), str(photos / "test"), "--threshold", threshold, "--csv", str(table)]
-        assert predict.main(argv) == 1  # for the damaged one
-        error = capsys.readouterr().err
-        assert error.count("error: ") == 1 and "bad.jpg is not" in error
-        assert ("not calibrated" in error) == ("val_split" not in methods)
-        _, *rows = csv.reader(table.open())
-        scaled = (logits[i] / model.temperatures[i]).softmax(dim=1)
-        for (file, *row), probabilities, label in zip(rows, scaled, labels.tolist(), strict=True):
-            assert f"test/{'ab'[label]}/" in file
-            decided_by = "exit 1" if methods and i == 0 else "final"
-            expected = probabilities.max().item(), 100 * cost / backbone
-            assert row[::2] == ["ab"[probabilities.argmax()], decided_by]
-            assert [float(number) for number in row[1::2]] == pytest.approx(expected, rel=1e-5)
-    assert predict.main([str(tmp_path), "x.png"]) == 1 and "no such file" in capsys.readouterr().err
-    assert predict.main([str(tmp_path / "run"), file]) == 0
-    assert f"{file}: " in capsys.readouterr().out
+    cost = backbone if threshold > 1 else costs[i]
+    scaled = logits[i] / model.temperatures[i]
+    confidences, classes = scaled.softmax(dim=1).max(dim=1)
+
+    table = tmp_path / "table.csv"
+    assert call(directory / "run", directory / "photos" / "test", "--threshold", threshold, "--csv", table) == 1
+    _, *rows = csv.reader(table.open())
+    for (file, *row), confidence, number, label in zip(rows, confidences, classes, labels, strict=True):
+        assert f"test/{'ab'[label]}/" in file
+        assert row[::2] == ["ab"[number], decided_by]
+        expected = [confidence.item(), 100 * cost / backbone]
+        assert [float(value) for value in row[1::2]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_damaged_file_is_named_and_the_others_continue(multi_exit, capsys):
+    directory, _, _ = multi_exit
+    assert call(directory / "run", directory / "photos" / "test") == 1
+    out, err = capsys.readouterr()
+    assert err.count("error: ") == 1
+    assert "bad.jpg is not" in err
+    assert len(out.splitlines()) == 8
+
+
+def test_confidences_are_noted_as_not_calibrated_without_val_split(multi_exit, methods, capsys):
+    directory, _, _ = multi_exit
+    call(directory / "run", directory / "photos" / "test")
+    is_noted = "not calibrated" in capsys.readouterr().err
+    assert is_noted == ("val_split" not in methods)
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
+    assert call(tmp_path, "x.png") == 1
+    assert "no such file" in capsys.readouterr().err
 
 
 def resize_some(photos):
@@ -65,82 +106,102 @@ def turn_some(photos):
 
 
 @pytest.mark.parametrize("change", [lambda photos: None, resize_some, turn_some])
-@pytest.mark.parametrize("image_size", ["16", "24"])
+@pytest.mark.parametrize("image_size", [16, 24])
 def test_images_are_prepared_exactly_as_those_of_validation(change, image_size, tmp_path, monkeypatch):
-    photos = tmp_path / "photos"
-    save_photos(photos)
-    change(photos)
-    words = f"--data_type folder --classes 2 --image_size {image_size} --end_epoch 1 --data_path {photos}"
-    assert run(tmp_path / "run", *words.split()) == 0
-    _, info = load_run(tmp_path / "run")
+    save_photos(tmp_path / "photos")
+    change(tmp_path / "photos")
+    train(tmp_path, f"--image_size {image_size} --end_epoch 1")
     given = []
     original = MultiExitResNet.predict_early
-    monkeypatch.setattr(MultiExitResNet, "predict_early", lambda *args: given.append(args[1]) or original(*args))
+
+    def predict_early(model, images, threshold):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        given.append(images)
+        return original(model, images, threshold)
+
+    monkeypatch.setattr(MultiExitResNet, "predict_early", predict_early)
     monkeypatch.setattr(predict, "BATCH_SIZE", 3)
-    assert predict.main([str(tmp_path / "run"), str(photos / "test")]) == 0
+    assert call(tmp_path / "run", tmp_path / "photos" / "test") == 0
     assert [len(images) for images in given] == [3, 3, 2]
-    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in given)
-    expected = torch.cat([images for images, _, _ in build_loaders(info["args"], "cpu", split="test")])
-    assert torch.equal(torch.cat(given), expected)
+    _, info = load_run(tmp_path / "run")
+    loader = build_loaders(info["args"], "cpu", split="test")
+    expected = [images for images, _, _ in loader]
+    assert torch.equal(torch.cat(given), torch.cat(expected))
+
+
+FORGED = "b\nerror: forged \x1b[31m"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run on images of the classes `a` and one whose name forges an error."""
     directory = tmp_path_factory.mktemp("trained")
-    save_photos(directory / "photos")
+    photos = directory / "photos"
+    save_photos(photos)
     for split in ("train", "test"):
-        (directory / "photos" / split / "b").rename(directory / "photos" / split / FORGED)
-    words = f"--data_type folder --classes 2 --end_epoch 1 --data_path {directory / 'photos'}"
-    assert run(directory / "run", *words.split()) == 0
+        (photos / split / "b").rename(photos / split / FORGED)
+    train(directory)
     return directory
 
 
-FORGED = "b\nerror: forged \x1b[31m"
+@pytest.fixture
+def photo(trained):
+    return next((trained / "photos" / "test" / "a").glob("*.png"))
 
 
-def test_names_are_printed_on_one_line_without_control_characters(trained, tmp_path, capsys):
-    (tmp_path / FORGED).mkdir()
-    shutil.copy(next((trained / "photos" / "test" / "a").glob("*.png")), tmp_path / FORGED / "x.png")
-    (tmp_path / FORGED / "damaged.png").touch()
-    capsys.readouterr()
-    folders = [str(tmp_path / FORGED), str(trained / "photos" / "test")]
-    assert predict.main([str(trained / "run"), *folders]) == 1
+def test_a_file_is_classified(trained, photo, capsys):
+    assert call(trained / "run", photo) == 0
+    assert capsys.readouterr().out.startswith(f"{photo}: ")
+
+
+def test_names_are_printed_on_one_line_without_control_characters(trained, photo, tmp_path, capsys):
+    forged = tmp_path / FORGED
+    forged.mkdir()
+    shutil.copy(photo, forged / "x.png")
+    (forged / "damaged.png").touch()
+    assert call(trained / "run", forged, trained / "photos" / "test") == 1
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 9 and "\\nerror: forged \\x1b[31m" in out
-    assert [line.split(":")[0] for line in err.splitlines()] == ["note", "error"] and (out + err).isascii()
+    assert len(out.splitlines()) == 9
+    assert "\\nerror: forged \\x1b[31m" in out
+    note, error = err.splitlines()
+    assert note.startswith("note:")
+    assert error.startswith("error:")
+    assert (out + err).isascii()
     assert "\x1b" not in out + err
 
 
 def test_pipe_named_as_an_image_is_an_error(trained, tmp_path, capsys):
-    os.mkfifo(tmp_path / "x.png")
-    assert predict.main([str(trained / "run"), str(tmp_path)]) == 1
-    assert f"error: {tmp_path / 'x.png'} is not a regular file\n" in capsys.readouterr().err
+    pipe = tmp_path / "x.png"
+    os.mkfifo(pipe)
+    assert call(trained / "run", tmp_path) == 1
+    assert f"error: {pipe} is not a regular file\n" in capsys.readouterr().err
 
 
 def test_missing_file_is_an_error(trained, tmp_path, capsys):
-    assert predict.main([str(trained / "run"), str(tmp_path / "x.png")]) == 1
-    assert f"error: {tmp_path / 'x.png'} cannot be read (No such file or directory)\n" in capsys.readouterr().err
+    missing = tmp_path / "x.png"
+    assert call(trained / "run", missing) == 1
+    assert f"error: {missing} cannot be read (No such file or directory)\n" in capsys.readouterr().err
 
 
-def test_hidden_and_foreign_files_are_counted_and_skipped(trained, tmp_path, capsys):
-    shutil.copy(next((trained / "photos" / "test" / "a").glob("*.png")), tmp_path / "x.png")
+def test_hidden_and_foreign_files_are_counted_and_skipped(trained, photo, tmp_path, capsys):
+    shutil.copy(photo, tmp_path / "x.png")
     for name in ("._x.png", ".DS_Store", "notes.txt"):
         (tmp_path / name).touch()
-    assert predict.main([str(trained / "run"), str(tmp_path)]) == 0
+    assert call(trained / "run", tmp_path) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1 and f"note: skipped 3 hidden or foreign files in {tmp_path}, the first" in err
+    assert len(out.splitlines()) == 1
+    assert f"note: skipped 3 hidden or foreign files in {tmp_path}, the first" in err
 
 
 def test_folder_without_images_is_an_error(trained, tmp_path, capsys):
-    assert predict.main([str(trained / "run"), str(tmp_path)]) == 1
+    assert call(trained / "run", tmp_path) == 1
     assert f"error: {tmp_path} holds no image\n" in capsys.readouterr().err
 
 
-def test_table_holds_names_as_they_are(trained, tmp_path):
-    name = os.fsdecode(b"caf\xe9 \xff.png")  # not UTF-8
-    shutil.copy(next((trained / "photos" / "test" / "a").glob("*.png")), tmp_path / name)
+def test_table_holds_names_as_they_are(trained, photo, tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9 \xff.png")  # not UTF-8
+    shutil.copy(photo, file)
     table = tmp_path / "table.csv"
-    assert predict.main([str(trained / "run"), str(tmp_path / name), "--csv", str(table)]) == 0
+    assert call(trained / "run", file, "--csv", table) == 0
     _, row = csv.reader(table.open(encoding="utf-8", errors="surrogateescape", newline=""))
-    assert row[0] == str(tmp_path / name)
+    assert row[0] == str(file)
