@@ -11,6 +11,7 @@ import numpy as np
 import plot
 import pytest
 import runs
+import summarize
 import torch
 from helpers import metrics, record, write
 
@@ -195,6 +196,21 @@ def test_a_group_without_early_exits_is_left_out(root, capsys):
     out = capsys.readouterr().out
     assert out.startswith("left out of early_exit: ")
     assert "/dml (no trained exits, or no --val_split)" in out
+
+
+def test_panels_show_only_data_sets_that_have_the_figure(root, capsys):
+    make_run(root, "dml", 25.0, 1, DML=True, data_type="synthetic")
+    assert len(draw(root, "early_exit").axes) == 1
+
+
+def test_a_study_file_has_no_epochs(root, tmp_path, capsys):
+    file = tmp_path / "study.jsonl"
+    summarize.main([str(root), "--export", str(file)])
+    capsys.readouterr()
+    assert plot.main([str(file), "--out", str(tmp_path / "figures")]) == 0
+    out = capsys.readouterr().out
+    assert "left out of learning_curves" in out
+    assert "needs the run directory: a study file has neither epochs nor predictions" in out
 
 
 NAMES = ("error_against_ranking", "reliability", "risk_coverage", "learning_curves", "exits", "early_exit")
