@@ -23,7 +23,9 @@ def best_record(history: list[dict]) -> dict | None:
 def results_table(results: dict) -> str:
     """Each classifier's metrics in the last and the best epoch, and on the test split, if there is one, as they are,
     after temperature scaling, and with early exit."""
-    rows = [["", *(m.heading for m in SHOWN.values())], ["", *(m.unit for m in SHOWN.values())]]
+    headings = [metric.heading for metric in SHOWN.values()]
+    units = [metric.unit for metric in SHOWN.values()]
+    rows = [["", *headings], ["", *units]]
     titles = {"last": "last epoch", "best": "best epoch"}
     if results["last"] == results.get("best"):
         titles = {"last": "last and best epoch"}
@@ -39,7 +41,8 @@ def results_table(results: dict) -> str:
                 rows.append([early_exit_line(test["early_exit"])])
     lines = []
     for label, *cells in rows:
-        lines.append(f"{label:14}" + "".join(f"{cell:>11}" for cell in cells))
+        aligned = [f"{cell:>11}" for cell in cells]
+        lines.append(f"{label:14}" + "".join(aligned))
     return "\n".join(lines)
 
 
@@ -47,7 +50,9 @@ def metric_rows(title: str, record: dict) -> list[list[str]]:
     """Rows of a title and of each classifier that a loss trains."""
     rows = [[title]]
     for name, metrics in classifiers(record).items():
-        cells = [f"{metrics[key]:.{m.decimals}f}" if key in metrics else "-" for key, m in SHOWN.items()]
+        cells = []
+        for key, metric in SHOWN.items():
+            cells.append(f"{metrics[key]:.{metric.decimals}f}" if key in metrics else "-")
         rows.append([f"  {name}", *cells])
     return rows
 
