@@ -64,6 +64,7 @@ def test_load_run_example(tmp_path, monkeypatch):
     assert names["logits"].shape == (2, 100) and names["decided_by"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_new_loss_example_touches_only_loss(tmp_path):
     block = block_after("A new loss touches")
     apply_example(tmp_path, block, "loss", "label_smoothing", "    return Objective(")
@@ -71,6 +72,7 @@ def test_new_loss_example_touches_only_loss(tmp_path):
     assert records[0]["train"]["entropy"] < 0
 
 
+@pytest.mark.slow
 def test_mixup_example_trains_with_all_methods_and_resumes_to_the_bit(tmp_path):
     apply_example(tmp_path, block_after("MixUp touches"), "data", "val_split", "    return None\n")
     words = [*ALL, "--end_epoch", "2", "--mixup", "1", "--saveckp_freq", "1"]
