@@ -25,7 +25,7 @@ EXAMPLES = {"loss/entropy.py", "data/mixup.py"}  # which the README adds
 
 def block_after(text: str) -> str:
     """The first code block after a piece of the README's text."""
-    return re.search(r"```\w+\n(.*?)```", README[README.index(text) :], re.S).group(1)
+    return re.search(r"```\w+\n(.*?)```", README[README.index(text) :], re.DOTALL).group(1)
 
 
 def apply_example(tree: Path, block: str, package: str, last_flag: str, place: str) -> None:
@@ -40,8 +40,8 @@ def apply_example(tree: Path, block: str, package: str, last_flag: str, place: s
     (tree / name).write_text(file)
     _, imported, flag, line = changes.strip("\n").split("\n")
     code = (ROOT / package / "__init__.py").read_text()
-    code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.M)
-    code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.M)
+    code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.MULTILINE)
+    code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.MULTILINE)
     head, found, tail = code.partition(place)
     assert found and flag in head and imported in head
     kept = "" if line.strip().startswith("return") else place
