@@ -310,7 +310,9 @@ def test_a_lonely_process_prints_that_it_waits_and_ends_at_a_signal(rank, number
     log.touch()
     process = PROCESSES.Process(target=be_lonely, args=(rank, free_port(), log), daemon=True)
     process.start()
-    while "is waiting" not in log.read_text():
+    for _ in range(6000):  # five minutes: a process that never prints would be waited for without end
+        if "is waiting" in log.read_text():
+            break
         assert process.is_alive()
         time.sleep(0.05)
     os.kill(process.pid, number)
