@@ -241,6 +241,11 @@ def near(value):
     return pytest.approx(value, rel=1e-12, abs=1e-15)
 
 
+def assert_identical(found, expected) -> None:
+    """Nested tensors, to the bit."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def random_outputs(seed: int = 0, exits: int = 3) -> Outputs:
     """N = 5, K = 4, D = 6 in float64; leaves, so that gradients show who gets one."""
     generator = torch.Generator().manual_seed(seed)

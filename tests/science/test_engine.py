@@ -6,6 +6,7 @@ from math import inf, log, nan, sqrt
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_identical
 
 from loss import build_objective
 from main import parse_args
@@ -47,10 +48,6 @@ def build_step(precision: str = "fp32", transform=None) -> engine.TrainStep:
     model, objective = build(args)
     optimizer = engine.build_optimizer(args, model)
     return engine.TrainStep(model, objective, optimizer, CPU, precision, transform=transform)
-
-
-def assert_identical(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def rates(words: str, epochs: int) -> list[float]:

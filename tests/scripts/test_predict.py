@@ -170,6 +170,14 @@ def test_names_are_printed_on_one_line_without_control_characters(trained, photo
     assert "\x1b" not in out + err
 
 
+def test_class_names_are_printed_without_control_characters(trained, photo, monkeypatch, capsys):
+    model, info = load_run(trained / "run")
+    info["class_names"] = [FORGED, FORGED]
+    monkeypatch.setattr(predict, "load_run", lambda *args: (model, info))
+    assert call(trained / "run", photo) == 0
+    assert capsys.readouterr().out.startswith(f"{photo}: b\\nerror: forged \\x1b[31m ")
+
+
 def test_pipe_named_as_an_image_is_an_error(trained, tmp_path, capsys):
     pipe = tmp_path / "x.png"
     os.mkfifo(pipe)

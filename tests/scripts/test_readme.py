@@ -25,7 +25,7 @@ EXAMPLES = {"loss/entropy.py", "data/mixup.py"}  # which the README adds
 
 def block_after(text: str) -> str:
     """The first code block after a piece of the README's text."""
-    return re.search(r"```\w+\n(.*?)```", README[README.index(text) :], re.S).group(1)
+    return re.search(r"```\w+\n(.*?)```", README[README.index(text) :], re.DOTALL).group(1)
 
 
 def apply_example(tree: Path, block: str, package: str, last_flag: str, place: str) -> None:
@@ -40,8 +40,8 @@ def apply_example(tree: Path, block: str, package: str, last_flag: str, place: s
     (tree / name).write_text(file)
     _, imported, flag, line = changes.strip("\n").split("\n")
     code = (ROOT / package / "__init__.py").read_text()
-    code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.M)
-    code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.M)
+    code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.MULTILINE)
+    code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.MULTILINE)
     head, found, tail = code.partition(place)
     assert found and flag in head and imported in head
     kept = "" if line.strip().startswith("return") else place
@@ -64,6 +64,7 @@ def test_load_run_example(tmp_path, monkeypatch):
     assert names["logits"].shape == (2, 100) and names["decided_by"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_new_loss_example_touches_only_loss(tmp_path):
     block = block_after("A new loss touches")
     apply_example(tmp_path, block, "loss", "label_smoothing", "    return Objective(")
@@ -71,6 +72,7 @@ def test_new_loss_example_touches_only_loss(tmp_path):
     assert records[0]["train"]["entropy"] < 0
 
 
+@pytest.mark.slow
 def test_mixup_example_trains_with_all_methods_and_resumes_to_the_bit(tmp_path):
     apply_example(tmp_path, block_after("MixUp touches"), "data", "val_split", "    return None\n")
     words = [*ALL, "--end_epoch", "2", "--mixup", "1", "--saveckp_freq", "1"]
