@@ -47,19 +47,26 @@ def refused(capsys):
     return call
 
 
-@pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    """gpu(function, *arguments, compute=True) calls a function in a process with emulated GPUs: two of the newest, one
-    without bf16 and TF32, a small one."""
+@pytest.fixture(scope="session")
+def gpu_library(tmp_path_factory) -> Path:
+    """What plays CUDA; skips where it cannot be built."""
     import emulated_gpu
 
     try:
-        library = emulated_gpu.build(tmp_path_factory.mktemp("emulated_gpu"))
+        return emulated_gpu.build(tmp_path_factory.mktemp("emulated_gpu"))
     except emulated_gpu.Unavailable as e:
         if os.environ.get("REQUIRE_EMULATED_GPU"):  # where nothing may be skipped
             raise
         pytest.skip(str(e))
-    with emulated_gpu.process(library, "90:80 90:80 70:16 86:8 61:8") as call:  # "capability:GiB" of each
+
+
+@pytest.fixture(scope="module")
+def gpu(gpu_library):
+    """gpu(function, *arguments, compute=True) calls a function in a process with emulated GPUs: two of the newest, one
+    without bf16 and TF32, a small one, and one that is too old for fp16."""
+    import emulated_gpu
+
+    with emulated_gpu.process(gpu_library, "90:80 90:80 70:16 86:8 61:8") as call:  # "capability:GiB" of each
         yield call
 
 

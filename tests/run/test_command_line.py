@@ -78,9 +78,12 @@ def test_wrong_command_lines_are_refused_in_one_line(line, words, tmp_path, monk
     with pytest.raises(SystemExit) as end:
         main.main(shlex.split(line))
     out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == "" and sorted(os.listdir()) == ["a_file", "a_folder"]
+    assert end.value.code == 2
+    assert out == ""
+    assert sorted(os.listdir()) == ["a_file", "a_folder"]
     usage, rest = err.rstrip("\n").split("\n")
-    assert usage.startswith("usage: main.py ") and rest.startswith("main.py: error: ")
+    assert usage.startswith("usage: main.py ")
+    assert rest.startswith("main.py: error: ")
     for word in words.split():
         assert word in rest, (word, err)
         rest = rest.partition(word)[2]
@@ -187,10 +190,14 @@ def test_any_flags_are_refused_by_name_or_end_in_finite_metrics(switches, values
         try:
             status = run(Path(parent, "run"), *words)
         except SystemExit as e:
-            assert e.code == 2 and "error: argument --" in err.getvalue() and not os.listdir(parent)
+            assert e.code == 2
+            assert "error: argument --" in err.getvalue()
+            assert not os.listdir(parent)
             return
         if status:
-            assert status == 1 and err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1
+            assert status == 1
+            assert err.getvalue().startswith("error: ")
+            assert err.getvalue().count("\n") == 1
             assert "--" in err.getvalue()  # the flag that is wrong, or the one to change
             return
         for record in read_records(Path(parent, "run")):
@@ -206,12 +213,14 @@ def test_ctrl_c_while_pytorch_is_imported_and_a_run_from_a_strange_directory_who
         while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == b"" and process.wait() == -signal.SIGINT
+        assert process.stderr.read() == b""
+        assert process.wait() == -signal.SIGINT
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise SystemExit('imported from the working directory')")
     bare = {"LANG": "C", "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=tmp_path, env=bare, **pipes) as process:
         process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait() == 0
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
     assert json.loads(next((tmp_path / "ä ö").rglob("results.json")).read_text())["status"] == "finished"

@@ -36,7 +36,8 @@ def test_directories_that_cannot_be_synced_are_written_all_the_same(number, tmp_
     fail_to_sync_directories(monkeypatch, number)
     open_files = os.listdir("/proc/self/fd")
     write_atomic(tmp_path / "file", b"content")
-    assert (tmp_path / "file").read_bytes() == b"content" and os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert os.listdir(tmp_path) == ["file"]
     assert os.listdir("/proc/self/fd") == open_files
 
 
@@ -70,9 +71,11 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     args = main.parse_args(["--device=cpu", "--experiments_dir=~/exp", "--data_path=~/data", "--resume=~/run"])
-    assert args.experiments_dir == f"{tmp_path}/exp" and args.data_path == f"{tmp_path}/data"
+    assert args.experiments_dir == f"{tmp_path}/exp"
+    assert args.data_path == f"{tmp_path}/data"
     assert args.resume == f"{tmp_path}/run"
-    assert flags.path_type("~/exp") == tmp_path / "exp" and flags.path_type("a~") == Path("a~")
+    assert flags.path_type("~/exp") == tmp_path / "exp"
+    assert flags.path_type("a~") == Path("a~")
 
 
 def script(code: str, *, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -115,7 +118,8 @@ def test_a_line_that_cannot_be_written_stops_nothing(name, monkeypatch):
 
 def test_a_full_disk_behind_standard_output_is_no_success():
     found = script("def main():\n    print('lost')", redirect=">/dev/full")
-    assert found.returncode != 0 and b"No space left" in found.stderr
+    assert found.returncode != 0
+    assert b"No space left" in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,9 @@ def test_a_full_disk_behind_standard_output_is_no_success():
 )
 def test_what_an_output_cannot_show_is_escaped(encoding, shown):
     found = script(r"def main(): print('caf\udce9 \xfc \u20ac')", PYTHONIOENCODING=encoding)
-    assert found.returncode == 0 and found.stdout == shown + b"\n" and found.stderr == b""
+    assert found.returncode == 0
+    assert found.stdout == shown + b"\n"
+    assert found.stderr == b""
 
 
 def test_a_name_cannot_forge_a_line(capsys):
@@ -156,7 +162,8 @@ def test_signals_that_ask_to_end_interrupt(number):
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as interrupted, signals_raise():
         os.kill(os.getpid(), number)
-    assert interrupted.value.number == number and signal.getsignal(number) is before
+    assert interrupted.value.number == number
+    assert signal.getsignal(number) is before
 
 
 def test_windows_is_refused_in_one_line(monkeypatch):

@@ -128,7 +128,8 @@ def test_large_photographs_are_kept_at_the_image_size(tmp_path):
     for number in range(3):
         Image.new("RGB", (3000, 3000), (90 * number, 0, 0)).save(tmp_path / f"{number}.jpg")
     found = load(tmp_path)
-    assert found.shape == (3, 32, 32, 3) and (tmp_path / CACHE).stat().st_size < 20_000
+    assert found.shape == (3, 32, 32, 3)
+    assert (tmp_path / CACHE).stat().st_size < 20_000
     assert found[:, 9, 9, 0].tolist() == pytest.approx([0, 90, 180], abs=2)
 
 
@@ -165,14 +166,18 @@ def test_cache_is_used_until_a_file_changes(root, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
     with ThreadPoolExecutor(2) as pool:  # two runs that start at once
         before, other = pool.map(lambda _: readers.read_folder(root, ReadOptions(32)).train.images, range(2))
-    assert (before == other).all() and sorted(os.listdir(root)) == [CACHE, "test", "train"]
-    assert len(opened) >= 24 and not opened.clear()  # for the size, and for the pixels
-    assert (readers.read_folder(root, ReadOptions(32)).train.images == before).all() and not opened
+    assert (before == other).all()
+    assert sorted(os.listdir(root)) == [CACHE, "test", "train"]
+    assert len(opened) >= 24
+    assert not opened.clear()
+    assert (readers.read_folder(root, ReadOptions(32)).train.images == before).all()
+    assert not opened
     file, facts = root / "train/a/0000.png", (root / "train/a/0000.png").stat()
     shutil.copyfile(root / "train/b/0001.png", file)  # of the same size, and given the same time
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     after = readers.read_folder(root, ReadOptions(32)).train.images
-    assert file.stat().st_size == facts.st_size and (after[0] == before[3]).all()
+    assert file.stat().st_size == facts.st_size
+    assert (after[0] == before[3]).all()
 
 
 def test_damaged_cache_is_not_used(root, capsys):
@@ -199,7 +204,8 @@ def test_cache_is_announced_once_with_path_and_size(root, capsys):
     for _ in range(2):
         readers.read_folder(root, ReadOptions(32))
     line, *others = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"writing {root / CACHE} (0.0 MB)") and not others
+    assert line.startswith(f"writing {root / CACHE} (0.0 MB)")
+    assert not others
 
 
 def test_cache_of_one_split_is_used_without_the_other(root, monkeypatch):
@@ -239,9 +245,8 @@ def test_decoding_and_writing_the_cache_hold_the_pixels_once(tmp_path):
     loaders = data.load_splits(args, "cpu")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (
-        loaders["train"].images.shape == (40, 32, 32, 3) and peak < pixels.nbytes + 20e6
-    )  # NumPy writes 16 MB at a time
+    assert loaders["train"].images.shape == (40, 32, 32, 3)
+    assert peak < pixels.nbytes + 20e6
 
 
 def test_too_little_memory_names_the_images_and_what_helps(root, monkeypatch):

@@ -43,7 +43,9 @@ def apply_example(tree: Path, block: str, package: str, last_flag: str, place: s
     code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.MULTILINE)
     code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.MULTILINE)
     head, found, tail = code.partition(place)
-    assert found and flag in head and imported in head
+    assert found
+    assert flag in head
+    assert imported in head
     kept = "" if line.strip().startswith("return") else place
     (tree / package / "__init__.py").write_text(f"{head}{line}\n{kept}{tail}")
 
@@ -61,7 +63,8 @@ def test_load_run_example(tmp_path, monkeypatch):
     assert main.main([*SMALL.split(), "--BYOT", "--run_name", "my_run"]) == 0
     names = {"images": torch.randn(2, 3, 32, 32)}
     exec(block_after("## Use a trained network"), names)
-    assert names["logits"].shape == (2, 100) and names["decided_by"].shape == (2,)
+    assert names["logits"].shape == (2, 100)
+    assert names["decided_by"].shape == (2,)
 
 
 @pytest.mark.slow
@@ -106,7 +109,8 @@ def test_slurm_script_requeues_at_the_time_limit_alone(tmp_path, status, is_requ
     script = ["bash", "-c", block_after("Under Slurm")]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == status
-    assert (done.stdout == "scontrol requeue 7\n") == is_requeued and not done.stderr
+    assert (done.stdout == "scontrol requeue 7\n") == is_requeued
+    assert not done.stderr
 
 
 def keys(value) -> set[str]:

@@ -96,8 +96,11 @@ def test_bad_usage_is_one_error_before_any_run(words, variable, message, runs, m
     with pytest.raises(SystemExit) as stop:
         run_table.main(["1", *words.split()])
     out, err = capfd.readouterr()
-    assert stop.value.code == 2 and not out and not runs.exists()
-    assert err.count("error:") == 1 and message in err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert not out
+    assert not runs.exists()
+    assert err.count("error:") == 1
+    assert message in err.splitlines()[-1]
 
 
 def test_commands_and_run_names(runs, monkeypatch, capfd):
@@ -116,7 +119,8 @@ def test_commands_and_run_names(runs, monkeypatch, capfd):
     monkeypatch.setenv("EPOCHS", "30")
     ((name, command),) = dry_run(capfd, "1", "1", "--", *extra).items()
     assert name == "synthetic_resnet18_baseline_ep30_limit_train64_lr_decay_schedule1-2_seed4"
-    assert "--lr_decay_schedule 15 23 --end_epoch 30" in command and " ".join(extra) in command
+    assert "--lr_decay_schedule 15 23 --end_epoch 30" in command
+    assert " ".join(extra) in command
 
 
 def test_one_experiment_has_one_name(runs, capfd):
@@ -174,7 +178,9 @@ def test_study_trains_its_ten_settings_seed_by_seed(tmp_path):
     assert [args.seed for args in settings] == 10 * [1] + 10 * [2]
     assert len({args.run_name for args in settings}) == 20
     first = [(args.PSKD, args.BYOT, args.DML, args.alpha, args.label_smoothing) for args in settings[:10]]
-    assert len(set(first)) == 10 and (False, True, False, 0.0, 0.0) in first and (False,) * 3 + (0.1, 0.1) in first
+    assert len(set(first)) == 10
+    assert (False, True, False, 0.0, 0.0) in first
+    assert (False,) * 3 + (0.1, 0.1) in first
     for args in settings:
         assert (args.classes, args.val_split, args.width, args.lr_decay_schedule) == (20, 0.1, 16, [40, 60])
 
@@ -245,7 +251,9 @@ def test_a_signal_ends_the_runs_and_no_other_starts(number, jobs, runs):
     output = process.stdout.read()  # until the run ends, which has the same stdout
     killed = number == signal.SIGKILL
     log = (runs / "log").read_text().splitlines()
-    assert len(log) == 2 * jobs and log[jobs:] == ["SIGTERM" if killed else number.name] * jobs
+    assert len(log) == 2 * jobs
+    assert log[jobs:] == ["SIGTERM" if killed else number.name] * jobs
     assert process.wait() == (-number if killed else 128 + number)
-    assert "start" not in output and "FAILED" not in output
+    assert "start" not in output
+    assert "FAILED" not in output
     assert killed or "rerun the same command" in output

@@ -20,7 +20,8 @@ COMMANDS = re.findall(r"summarize.py scripts/results/(\w+\.jsonl)(.*)", PAGE)
 @pytest.mark.parametrize(("file", "words"), COMMANDS)
 def test_commands_of_the_results_page_give_its_tables(file, words, summary):
     out = summary(*shlex.split(words), path=STUDY.with_name(file))
-    assert "| resnet18 |" in out and out in PAGE
+    assert "| resnet18 |" in out
+    assert out in PAGE
 
 
 def test_best_epoch_is_of_the_test_split(summary):
@@ -87,7 +88,8 @@ def test_runs_of_other_machines_and_versions_are_one_group(tmp_path, summary):
 def test_runs_outside_the_papers_tables_have_their_own(tmp_path, summary):
     make_finished_run(tmp_path, "a", 20.0, classifier_type="resnet34")
     out = summary()
-    assert out.startswith("### Other runs: cifar100\n") and cells(out)[0]["network"] == "resnet34"
+    assert out.startswith("### Other runs: cifar100\n")
+    assert cells(out)[0]["network"] == "resnet34"
 
 
 OTHER_DATA = [
@@ -107,7 +109,8 @@ def test_other_data_never_stand_in_the_papers_tables(tmp_path, summary):
     tables = dict(re.findall(r"### (.*)\n\n(?:.*\n){2}((?:\|.*\n)+)", out))
     for i, (_, name) in enumerate(OTHER_DATA):
         table = tables[f"Other runs: {name}"]
-        assert table.count("| resnet18 |") == 1 and f"| {30 + i}.00 |" in table
+        assert table.count("| resnet18 |") == 1
+        assert f"| {30 + i}.00 |" in table
 
 
 def test_another_test_split_is_another_data_set(tmp_path, summary):
@@ -117,7 +120,8 @@ def test_another_test_split_is_another_data_set(tmp_path, summary):
     out = summary("--table", "1")
     for facts in ("test images 100, test digest 2b2b2b2b2b2b", "test images 100, test digest 9c9c", "test images not"):
         assert f"### Table 1: networks and losses, cifar100 ({facts}" in out
-    assert out.count("| 8 | resnet18 |") == 3 and "±" not in out
+    assert out.count("| 8 | resnet18 |") == 3
+    assert "±" not in out
 
 
 def test_other_training_images_are_another_setting(tmp_path, summary):

@@ -38,7 +38,8 @@ def test_csv_has_every_number_by_its_key(tmp_path, summary, capsys):
     ]  # fmt: skip
     base = {key: value for key, value in rows[0].items() if key.partition(" ")[0] in ("row", "methods", "top1_error")}
     assert list(base.values()) == ["1", "baseline", "21.5", "0.707107", "21.41", "0.09"]
-    assert rows[1]["row"] == "2" and "ece_after_T" not in rows[1]
+    assert rows[1]["row"] == "2"
+    assert "ece_after_T" not in rows[1]
     summarize.main([str(tmp_path), "--format", "csv", "--pairs", "baseline"])
     captured = capsys.readouterr()
     (row,) = csv.DictReader(io.StringIO(captured.out))
@@ -54,7 +55,8 @@ def test_latex_is_escaped(tmp_path, summary):
     out = summary("--format", "latex", "--table", "1", "--metrics", "top1_error")
     assert "row & network & methods & n & seeds & top-1 err (\\%) \\\\\n\\midrule\n" in out
     assert "1 & resnet18 & baseline, label\\_smoothing 0.1 & 2 & 1 2 & 20.00 $\\pm$ 0.00 \\\\\n" in out
-    assert out.count("\\begin{tabular}{llllll}") == 1 and "% 3 runs, last epoch" in out
+    assert out.count("\\begin{tabular}{llllll}") == 1
+    assert "% 3 runs, last epoch" in out
 
 
 def test_export_can_be_read_and_has_no_paths(tmp_path, summary):
@@ -67,7 +69,8 @@ def test_export_can_be_read_and_has_no_paths(tmp_path, summary):
     assert [record["name"] for record in records] == ["a1", "a2"]
     config = records[0]["config"]
     assert config["data"] == {"mean": [0.123457], "std": [0.25], "splits": images_record()["splits"]}
-    assert "data_path" not in config and config["device_name"] == "H200"
+    assert "data_path" not in config
+    assert config["device_name"] == "H200"
 
 
 def test_export_to_the_file_that_is_read(tmp_path, summary):
@@ -89,14 +92,16 @@ def test_export_does_not_remove_lines_that_cannot_be_read(tmp_path, summary, cap
     file.write_text(content)
     with pytest.raises(SystemExit):
         summarize.main([str(file), "--export", str(file)])
-    assert file.read_text() == content and "study.jsonl:2" in capsys.readouterr().err
+    assert file.read_text() == content
+    assert "study.jsonl:2" in capsys.readouterr().err
 
 
 def test_home_directory_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     make_finished_run(tmp_path / "exp", "a", 20.0)
     summarize.main(["~/exp", "--export", "~/study.jsonl"])
-    assert cells(capsys.readouterr().out, row="8") and (tmp_path / "study.jsonl").exists()
+    assert cells(capsys.readouterr().out, row="8")
+    assert (tmp_path / "study.jsonl").exists()
 
 
 def test_output_that_is_ascii_and_names_that_are_not_utf_8(tmp_path):
@@ -107,4 +112,5 @@ def test_output_that_is_ascii_and_names_that_are_not_utf_8(tmp_path):
     command = [sys.executable, summarize.__file__, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
     assert rb"20.50 \xb1 0.71 (20.03" in done.stdout
-    assert rb"caf\udce9\n\x1b[2J (the same flags" in done.stdout and b"\x1b" not in done.stdout
+    assert rb"caf\udce9\n\x1b[2J (the same flags" in done.stdout
+    assert b"\x1b" not in done.stdout
