@@ -24,7 +24,7 @@ from data.readers import Split
 from models import load_run
 from models.exits import MultiExitResNet, confidence
 from utils.errors import UserError, print_error, printable, run_command
-from utils.files import write_atomic
+from utils.files import write_output
 from utils.flags import number_type, path_type
 
 BATCH_SIZE = 128
@@ -71,7 +71,7 @@ def predict(args: argparse.Namespace) -> int:
         writer = csv.writer(table)
         writer.writerow(HEADINGS)
         writer.writerows(rows)
-        write_atomic(args.csv, table.getvalue().encode("utf-8", "surrogateescape"))  # names as they are
+        write_output(args.csv, table.getvalue().encode("utf-8", "surrogateescape"))  # names as they are
     else:
         for path, name, certainty, classifier, share in rows:
             text = f"{100 * certainty:.1f} %  ({classifier}, {share:.0f} % of the backbone's multiply-adds)"

@@ -19,7 +19,7 @@ from tables import FORMATS, Line, Table, make_paired_table, make_table
 
 from main import RUNTIME_FLAGS
 from utils.errors import UserError, print_error, printable, run_command
-from utils.files import write_atomic
+from utils.files import write_output
 from utils.flags import path_type
 from utils.metrics import SHOWN
 
@@ -140,7 +140,7 @@ def export(file: Path, runs: list[Run]) -> None:
         text = json.dumps({"name": run.config.get("run_name", run.name), "config": config, "results": run.results})
         rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
         lines.append(json.dumps(rounded) + "\n")
-    write_atomic(file, "".join(lines).encode())
+    write_output(file, "".join(lines).encode())
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

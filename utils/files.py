@@ -25,26 +25,21 @@ def temporary_name(path: Path) -> Path:
 def write_atomic(path: Path, content: bytes | memoryview | Callable[[BinaryIO], None]) -> None:
     """Write a file so that, whatever happens, `path` holds either the old content or the new.
 
-    A symbolic link stays one: its target is replaced. A device or pipe, which a rename would replace by a file, is
-    written to. `content` may be a function that writes it to a file.
+    `content` may be a function that writes it to a file.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    is_special = path.exists() and not path.is_file()
-    target = path if is_special else Path(os.path.realpath(path))
-    temporary = temporary_name(target)
+    temporary = temporary_name(path)
     try:
-        with open(target if is_special else temporary, "wb") as f:
+        with open(temporary, "wb") as f:
             if callable(content):
                 content(f)
             else:
                 f.write(content)
             f.flush()
-            if not is_special:
-                os.fsync(f.fileno())
-        if not is_special:
-            _rename(temporary, target)
+            os.fsync(f.fileno())
+        _rename(temporary, path)
     except OSError as e:
         remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix it"
         raise UserError(
@@ -53,6 +48,19 @@ def write_atomic(path: Path, content: bytes | memoryview | Callable[[BinaryIO], 
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that the user named, who may have named a device or pipe, which a rename would replace by a file: it
+    is written to. A symbolic link stays one: its target is replaced.
+
+    Raises:
+        UserError, OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        write_atomic(Path(os.path.realpath(path)), content)
 
 
 def link_atomic(source: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import ROOT
 import main
 from utils import flags, machine
 from utils.errors import Interrupted, UserError, print_error, signals_raise, tell
-from utils.files import write_atomic
+from utils.files import write_atomic, write_output
 
 
 def fail_to_sync_directories(monkeypatch, number: int) -> None:
@@ -53,7 +53,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_atomic(pipe, b"content")
+    write_output(pipe, b"content")
     assert os.read(reader, 100) == b"content"
     os.close(reader)
     assert pipe.is_fifo()
@@ -62,7 +62,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
 def test_a_link_stays_one_and_its_target_is_replaced(tmp_path):
     (tmp_path / "target").write_bytes(b"old")
     (tmp_path / "link").symlink_to("target")
-    write_atomic(tmp_path / "link", b"new")
+    write_output(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"new"
 
