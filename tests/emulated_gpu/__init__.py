@@ -114,7 +114,8 @@ def process(library: Path, gpus: str) -> Iterator[Callable]:
 def _install() -> None:
     faulthandler.enable()  # if the library ends the process, where
     torch.cuda.CUDAGraph = Graph
-    warnings.filterwarnings("ignore", message=r"\s*.*(compute|CUDA) capability")  # that this PyTorch has no kernels for it
+    # that this PyTorch has no kernels for it
+    warnings.filterwarnings("ignore", message=r"\s*.*(compute|CUDA) capability")
 
 
 def _call(function: Callable, args, compute: bool):

@@ -206,6 +206,7 @@ def test_any_flags_are_refused_by_name_or_end_in_finite_metrics(switches, values
                 assert numbers["top1_error"] <= 100
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_pytorch_is_imported_and_a_run_from_a_strange_directory_whose_pager_was_left(tmp_path):
     flags = "--data_type synthetic --width 4 --limit_train 8 --limit_val 8 --end_epoch 1 --device cpu --precision fp32"
     command = [sys.executable, str(ROOT / "main.py"), *flags.split(), "--experiments_dir", str(tmp_path / "ä ö")]

@@ -13,6 +13,8 @@ from loss import build_objective
 from models import MODELS, build_model
 from utils import engine
 
+pytestmark = pytest.mark.slow
+
 ALL = "--PSKD --BYOT --DML"
 
 

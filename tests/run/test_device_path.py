@@ -26,6 +26,8 @@ from utils import distributed, engine
 from utils.cuda_graph import GraphedStep
 from utils.errors import Interrupted
 
+pytestmark = pytest.mark.slow
+
 ALL = "--PSKD --BYOT --DML"
 PRECISIONS = ("tf32", "bf16", "fp16")  # beside fp32, which the other runs have
 # Four full batches and a smaller one in each of three epochs; the learning rate drops in the last. It is low, so that

@@ -180,6 +180,7 @@ def test_cache_is_used_until_a_file_changes(root, monkeypatch):
     assert (after[0] == before[3]).all()
 
 
+@pytest.mark.slow
 def test_damaged_cache_is_not_used(root, capsys):
     cache, expected = root / CACHE, readers.read_folder(root, ReadOptions(32)).train.images
     good = cache.read_bytes()

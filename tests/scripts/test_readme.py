@@ -58,6 +58,7 @@ def command(tree: Path, *words: str) -> list[dict]:
     return read_records(tree / "experiments" / words[-1])
 
 
+@pytest.mark.slow
 def test_load_run_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main.main([*SMALL.split(), "--BYOT", "--run_name", "my_run"]) == 0

@@ -162,6 +162,7 @@ def test_run_that_is_done_has_not_failed_whatever_its_status(runs, capfd):
     assert run_table.main(["1", "3", "--", "--overwrite"]) == 1
 
 
+@pytest.mark.slow
 def test_closed_output_is_no_failure(runs):
     command = f"exec '{sys.executable}' '{SCRIPTS}/run_table.py' 1 1 4 >&-"
     for jobs in ("1", "2"):
