@@ -51,10 +51,10 @@ def draw_boxes(num: int, height: int, width: int, generator: Generator) -> Tenso
     # ten boxes per image: area uniform, ratio log-uniform; (num, ATTEMPTS) each
     uniform = partial(torch.rand, generator=generator, dtype=torch.float64)
     area, ratio = uniform(2, num, ATTEMPTS)
-    low, high = SCALE
-    area = height * width * (low + (high - low) * area)
-    low, high = RATIO
-    log_ratio = math.log(low) + math.log(high / low) * ratio
+    smallest, largest = SCALE
+    area = height * width * (smallest + (largest - smallest) * area)
+    narrowest, widest = RATIO
+    log_ratio = math.log(narrowest) + math.log(widest / narrowest) * ratio
     ratio = torch.exp(log_ratio)
     box_height = (area / ratio).sqrt().round()
     box_width = (area * ratio).sqrt().round()
@@ -73,8 +73,8 @@ def draw_boxes(num: int, height: int, width: int, generator: Generator) -> Tenso
     corner = corner.floor()
 
     # or the largest central box
-    central_height = min(height, round(width / low))
-    central_width = min(width, round(height * high))
+    central_height = min(height, round(width / narrowest))
+    central_width = min(width, round(height * widest))
     central_size = torch.tensor([central_height, central_width])
     central_corner = (image_size - central_size) // 2
 

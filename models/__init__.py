@@ -71,9 +71,8 @@ def build_model(args, num_classes: int) -> MultiExitResNet:
     architecture alone; the complete backbone is initialised before any exit, so that it starts from the same
     weights with and without exits. The global random state is left as it was.
     """
-    from torchvision.models import (
-        resnet,
-    )  # here: importing torchvision takes as long as PyTorch, and --help does not need it
+    # here, because importing torchvision takes as long as PyTorch, and --help does not need it
+    from torchvision.models import resnet
 
     arch = MODELS[args.classifier_type]
     backbone = {

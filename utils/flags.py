@@ -17,6 +17,8 @@ from utils import distributed
 from utils.errors import printable
 from utils.machine import has_bf16_instructions
 
+MAY_CHANGE = ("end_epoch", "precision", "processes")  # between two starts of a run, with --allow_change
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose flags have kinds (`add_flag`) and whose error is one line, from one process per machine.
@@ -195,7 +197,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--allow_change",
         "runtime",
         nargs="+",
-        choices=["end_epoch", "precision", "processes"],
+        choices=MAY_CHANGE,
         default=[],
         metavar="NAME",
         help="let these differ on resume, and record it: end_epoch, precision, processes (default: none, since a run is"

@@ -15,6 +15,7 @@ from utils import distributed
 from utils.checkpoint import BEST, LAST, PREVIOUS, find_checkpoint, load_checkpoint, reading, write_checkpoint
 from utils.errors import Interrupted, UserError, tell
 from utils.files import link_atomic, write_atomic
+from utils.flags import MAY_CHANGE
 from utils.records import best_record
 
 # Beside checkpoints; what --overwrite removes.
@@ -361,6 +362,6 @@ def _origin(resume: str | Path | None) -> Path | None:
 def _permission(differ: list[str]) -> str:
     """How to let these changes be; empty where one of them may not be allowed."""
     names = [line.split()[0].removeprefix("--") for line in differ]
-    if not set(names) <= {"end_epoch", "precision", "processes"}:
+    if not set(names) <= set(MAY_CHANGE):
         return ""
     return f" (--allow_change {' '.join(names)} continues all the same and records it)"
