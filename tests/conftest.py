@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: leave out with `-m "not slow"`, see README')
+    # A shell's background and nohup ignore them; the tests send them to themselves and to programs that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
