@@ -35,10 +35,21 @@ from utils.flags import path_type
 from utils.metrics import confidence_and_error
 
 BASE = "baseline"  # its label; black, solid and thick in all figures
-# Okabe and Ito's colours, distinguishable by the colour-blind; grey replaces their yellow, too pale on paper. With 7
-# colours, 9 lines and 8 markers, 63 groups differ, also in print in grey.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#777777")
-DASHES = ((5, 1.5), (1, 1), (6, 1, 1, 1), (3, 3), (6, 1, 1, 1, 1, 1), (10, 2), (2, 1), (8, 1, 3, 1), (1, 3))
+# Nine colours, so that the ten settings of a study have one each: Paul Tol's "muted" scheme, distinguishable by the
+# colour-blind; orange replaces its sand, too pale on paper. With ten lines or eight markers, 72 groups differ.
+COLOURS = ("#332288", "#cc6677", "#44aa99", "#882255", "#88ccee", "#999933", "#aa4499", "#117733", "#ee7733")
+DASHES = (
+    (5, 1.5),
+    (1, 1),
+    (6, 1, 1, 1),
+    (3, 3),
+    (6, 1, 1, 1, 1, 1),
+    (10, 2),
+    (2, 1),
+    (8, 1, 3, 1),
+    (1, 3),
+    (4, 1, 4, 3),
+)
 MARKERS = "sD^vPX<>"
 # In figures of all classifiers the markers say which one it is.
 CLASSIFIERS = {"exit 1": "o", "exit 2": "o", "exit 3": "o", "final": "D", "ensemble": "*"}
@@ -184,7 +195,8 @@ def draw(Figure, draw_group, groups: list[list[Run]], styles: dict[str, dict]):
     """
     if not groups:
         return None
-    panels, incomplete = panels_of(groups), []
+    panels = panels_of(groups)
+    incomplete: dict[str, list[list[Run]]] = {}  # reason -> groups
     figure, (axes,) = make_figure(Figure, 1, len(panels), len(styles))
     for axis, (title, in_panel) in zip(axes, panels.items(), strict=True):
         axis.set_title(textwrap.fill(title, TITLE_WIDTH))
@@ -193,11 +205,14 @@ def draw(Figure, draw_group, groups: list[list[Run]], styles: dict[str, dict]):
             try:
                 draw_group(axis, runs, label=wrapped(label), **styles[label])
             except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:
-                names = ", ".join(run.name for run in runs)
-                print(printable(f"left out of {draw_group.__name__}: {names} ({error})"))
-                incomplete.append(runs)
+                incomplete.setdefault(str(error), []).append(runs)
+    for reason, without in incomplete.items():
+        names = [run.name for runs in without for run in runs]
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(printable(f"left out of {draw_group.__name__}: {', '.join(names[:3])}{others} ({reason})"))
+        groups = [runs for runs in groups if runs not in without]
     if incomplete:  # anew, so that every panel has something to show
-        return draw(Figure, draw_group, [runs for runs in groups if runs not in incomplete], styles)
+        return draw(Figure, draw_group, groups, styles)
     markers = {"exits": "o", "final": "D", "ensemble": "*"} if draw_group in (exits, early_exit) else {}
     add_legend(figure, styles, markers)
     return figure

@@ -169,12 +169,15 @@ def test_ranking_shows_intervals_of_differences_from_the_baseline(root):
     assert len(dotted) == 2
 
 
-def test_groups_differ_in_line_and_marker():
-    groups = [[types.SimpleNamespace(label=label)] for label in ("baseline", *"abcdefghi")]
+def test_ten_groups_differ_in_colour_and_line_and_72_in_both_and_in_marker():
+    groups = [[types.SimpleNamespace(label=label)] for label in ("baseline", *map(str, range(72)))]
     styles = plot.group_styles(groups)
     assert styles["baseline"] == {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.2}
-    assert len({str(style["linestyle"]) for style in styles.values()}) == 10
-    assert len({(style["color"], style["marker"]) for style in styles.values()}) == 10
+    lines = [(style["color"], str(style["linestyle"])) for style in styles.values()]
+    points = [(style["color"], style["marker"]) for style in styles.values()]
+    colours, dashes = zip(*lines[:10], strict=True)
+    assert len(set(colours)) == len(set(dashes)) == 10
+    assert len(set(lines)) == len(set(points)) == 73
 
 
 @pytest.mark.parametrize("name", ["reliability", "risk_coverage"])
@@ -188,6 +191,16 @@ def test_a_group_with_damaged_predictions_is_left_out(root, name, capsys):
     assert "/baseline2 (" in line
     assert not others
     assert axis.get_legend_handles_labels()[1] == ["BYOT"]
+
+
+def test_runs_left_out_for_one_reason_share_a_line(root, capsys):
+    for seed in (1, 2):
+        make_run(root, f"dml{seed}", 25.0, seed, DML=True)
+        make_run(root, f"pskd{seed}", 25.0, seed, PSKD=True)
+    draw(root, "early_exit")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.count("/dml") + line.count("/pskd") == 3
+    assert line.endswith(" and 1 more (no trained exits, or no --val_split)")
 
 
 def test_a_group_without_early_exits_is_left_out(root, capsys):
