@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: leave out with `-m "not slow"`, see README')
+    config.addinivalue_line("markers", 'slow: leave out with `-m "not slow"`, see scripts/test.sh')
     # A shell's background and nohup ignore them; the tests send them to themselves and to programs that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -24,6 +24,16 @@ def test_commands_of_the_results_page_give_its_tables(file, words, summary):
     assert out in PAGE
 
 
+def test_intervals_of_the_answers_stand_in_the_tables():
+    _, _, rest = PAGE.partition("### The answers, with three seeds")
+    answers, _, rest = rest.partition("### How the runs are made")
+    _, _, tables = rest.partition("<!-- the outputs of the six commands above -->")
+    quoted = re.findall(r"[+-][\d.]+ \[[^]]+\]", " ".join(answers.split()))
+    assert len(quoted) > 25
+    for interval in quoted:
+        assert f"| {interval}" in tables
+
+
 def test_best_epoch_is_of_the_test_split(summary):
     (row,) = cells(summary("--best", path=STUDY), methods="baseline")
     assert row["top-1 err (%)"] == "76.62 ± 0.90"  # of 76.09, 77.66 and 76.10
