@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -229,4 +230,5 @@ def command_line(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
     command_line(sys.argv[1:])

@@ -12,8 +12,8 @@
 
 All but the learning curves are of the last epoch. Reliability, risk and learning curves are of the validation split,
 which without --val_split is the test split, and need run directories; the others are of the test split, and study files
-(.jsonl) have them too. Runs that differ only in the seed are one
-group, and have the label that summarize.py gives them; each network and data set has a panel.
+(.jsonl) have them too. Runs that differ only in the seed are one group, and have the label that summarize.py gives
+them; each network and data set has a panel.
 """
 
 import argparse
@@ -121,7 +121,10 @@ def mark_classifiers(axis, x: np.ndarray, y: np.ndarray, colour: str) -> None:
 
 
 def early_exit(axis, runs: list[Run], **line) -> None:
-    text = "MACs (multiply-adds) per image, % of the backbone's\nmarkers: no early exit"
+    text = (
+        "MACs (multiply-adds) per image, % of the backbone's\ncircles, diamonds, stars: all images at that classifier\n"
+    )
+    text += "crosses: the threshold chosen on held-out images"
     axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
     results = [run.results.get("test", {}).get("last", {}).get("early_exit") for run in runs]
     if None in results:
@@ -138,6 +141,10 @@ def early_exit(axis, runs: list[Run], **line) -> None:
     accuracy = np.array([np.interp(costs, *curve) for curve in curves])
     line["marker"] = ""
     figures.mean_band(axis, 100 * costs / backbone, accuracy, markevery=[], **line)
+    for result in results:
+        chosen = result["chosen"]
+        cost = 100 * chosen["multiply_adds"] / backbone
+        axis.plot(cost, chosen["accuracy"], marker="x", markersize=5, color=line["color"], linestyle="")
 
     *at_exits, all_exits = results[0]["multiply_adds"]
     missing = [np.nan] * (3 - len(at_exits))

@@ -21,9 +21,15 @@ SETTINGS = {  # the label that summarize.py gives a setting -> README's words
     "BYOT+DML": "BYOT + DML",
     "PSKD+BYOT+DML": "PS-KD + BYOT + DML",
 }
-SHOWN = ("top1_error", "nll_after_T", "augrc")
+SHOWN = ("top1_error", "ece", "nll_after_T", "augrc")
 HEADING = [COLUMNS[key].heading for key in SHOWN]
-HEADING = ["losses", *HEADING, "n", "top-1 err less the baseline's", "another setting, the paper's: top-1 err, ECE (%)"]
+HEADING = [
+    "losses",
+    *HEADING,
+    "n",
+    "top-1 err minus the baseline's",
+    "another setting, the paper's: top-1 err, ECE (%)",
+]
 
 
 def published(label: str) -> str:

@@ -112,20 +112,23 @@ def classifier_lines(groups: list[list[Run]]) -> list[Line]:
     return lines
 
 
-def paired_tables(base: str, groups: list[list[Run]], columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
+def paired_tables(
+    base: str, groups: list[list[Run]], columns: dict[str, Column], pooled: bool
+) -> tuple[list[Table], list[str]]:
     """A table of differences from `base` for each network, and notes on their intervals."""
+    variance = "pooled over the settings, which share the base's runs" if pooled else "of each setting's own seeds"
     tables, notes = [], []
     paired, left_out = pair_runs(base, groups)
     for network in dict.fromkeys(group[0].network for group in paired):
         of_network = [group for group in paired if group[0].network == network]
         data = of_network[0][0].data
-        table, rests_on = make_paired_table(f"Differences from {base}, paired by seed: {data}", columns, of_network)
+        title = f"Differences from {base}, paired by seed: {data}"
+        table, rests_on = make_paired_table(title, columns, of_network, pooled)
         tables.append(table)
         if rests_on:
             notes.append(
                 "in brackets: 95 % interval of the mean difference (Student's t), with * where it leaves out 0; the"
-                " variance of paired differences is pooled over the settings, which share the base's runs"
-                f" ({network}, {data}: {rests_on})"
+                f" variance of paired differences is {variance} ({network}, {data}: {rests_on})"
             )
     return tables, [*notes, *(f"not paired: {line}" for line in left_out)]
 
@@ -153,12 +156,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", choices=FORMATS, default="markdown", help="(default: %(default)s; csv has its notes on stderr)")
     text = f"columns: {', '.join(COLUMNS)}; `exit 1` and its kin are that classifier's top-1 error"
     add("--metrics", nargs="+", choices=COLUMNS, metavar="NAME", help=text)
+    text = "with --pairs: each interval from its setting's own seeds, to see what hangs on pooling the variance"
+    add("--unpooled", action="store_true", help=text)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--table", choices="1234", help="that table alone")
     add("--pairs", metavar="BASE", help="differences, by seed, from the methods BASE, for example baseline")
     add("--all_classifiers", action="store_true", help="all metrics of every classifier")
     args = parser.parse_args(argv)
     args.fail = lambda message: parser.error(printable(message))
+    if args.unpooled and not args.pairs:
+        args.fail("argument --unpooled: has no effect without --pairs")
     for path in args.runs:
         if not path.exists():
             args.fail(f"{path} does not exist")
@@ -189,7 +196,7 @@ def summarize(args: argparse.Namespace) -> None:
         if common:
             notes.append(f"{data}: all runs, unlike the paper: {', '.join(sorted(common))}")
         if args.pairs:
-            found, more_notes = paired_tables(args.pairs, on_data, columns)
+            found, more_notes = paired_tables(args.pairs, on_data, columns, pooled=not args.unpooled)
         elif args.all_classifiers:
             table = make_table(f"Every classifier: {data}", columns, classifier_lines(on_data), "classifier")
             found, more_notes = [table], []

@@ -63,19 +63,27 @@ def mean_cell(runs: list[Run], column: str, published: float | None = None) -> C
     return Cell(statistics.mean(values), sd, published)
 
 
-def make_paired_table(title: str, columns: dict[str, Column], groups: list[list[Run]]) -> tuple[Table, str]:
-    """A table of differences from a base, as `pair_runs` returns them, with 95 % intervals; a line on the intervals."""
+def make_paired_table(
+    title: str, columns: dict[str, Column], groups: list[list[Run]], pooled: bool = True
+) -> tuple[Table, str]:
+    """A table of differences from a base, as `pair_runs` returns them, with 95 % intervals; a line on the intervals.
+
+    pooled: their variance is that of all groups' differences, or else of each group's own.
+    """
     lines = [Line(runs, "", {}) for runs in groups]
     table = make_table(title, columns, lines)._replace(is_difference=True)
     rests_on = {}  # words -> columns' headings
     for key, column in columns.items():
         having = [i for i, cells in enumerate(table.cells) if key in cells]
-        intervals = paired_intervals([[run.values[key] for run in groups[i]] for i in having])
-        for i, half_width in zip(having, intervals.half_widths, strict=True):
-            table.cells[i][key] = table.cells[i][key]._replace(half_width=half_width)
-        if intervals.num_settings:
-            words = f"{intervals.num_settings} settings, {intervals.degrees_of_freedom:.1f} degrees of freedom"
-            rests_on.setdefault(words, []).append(column.heading)
+        for together in [having] if pooled else [[i] for i in having]:
+            intervals = paired_intervals([[run.values[key] for run in groups[i]] for i in together])
+            for i, half_width in zip(together, intervals.half_widths, strict=True):
+                table.cells[i][key] = table.cells[i][key]._replace(half_width=half_width)
+            if intervals.num_settings:
+                words = f"{intervals.num_settings} settings, {intervals.degrees_of_freedom:.1f} degrees of freedom"
+                rests_on.setdefault(words, []).append(column.heading)
+    if not pooled:
+        return table, "n - 1 degrees of freedom" if rests_on else ""
     shown = [words if len(rests_on) == 1 else f"{', '.join(found)}: {words}" for words, found in rests_on.items()]
     return table, "; ".join(shown)
 

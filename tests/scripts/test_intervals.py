@@ -51,6 +51,22 @@ def test_intervals_pool_the_variance_of_all_settings(pairs):
     assert "(resnet18, cifar100: 2 settings, 1.6 degrees of freedom)" in pairs
 
 
+def test_unpooled_intervals_rest_on_each_settings_own_seeds(pairs, summary):
+    """BYOT's differences are -1 and -2: deviation of the mean 1/2, one degree of freedom; DML's are equal."""
+    out = summary("--pairs", "baseline", "--unpooled")
+    half = intervals.student_quantile(0.95, 1) / 2
+    byot, dml = cells(out)
+    assert byot["top-1 err (%)"] == f"-1.50 [{-1.5 - half:+.2f}, {-1.5 + half:+.2f}]"
+    assert dml["top-1 err (%)"] == "-5.00 [-5.00, -5.00]*"
+    assert "is of each setting's own seeds (resnet18, cifar100: n - 1 degrees of freedom)" in out
+
+
+def test_unpooled_without_pairs_is_refused(pairs, summary, capsys):
+    with pytest.raises(SystemExit):
+        summary("--unpooled")
+    assert "argument --unpooled: has no effect without --pairs" in capsys.readouterr().err
+
+
 def test_pairs_with_an_unknown_setting_are_refused(pairs, summary, capsys):
     with pytest.raises(SystemExit):
         summary("--pairs", "base")

@@ -144,9 +144,12 @@ def test_exits_are_marked_by_kind(root):
 
 def test_early_exit_shows_curve_and_classifiers(root):
     (axis,) = draw(root, "early_exit").axes
-    baseline, curve, *classifiers = axis.lines
+    baseline, curve, *others = axis.lines
+    crosses = [points(line) for line in others if line.get_marker() == "x"]
+    classifiers = [line for line in others if line.get_marker() != "x"]
     assert points(baseline) == [[100, 75]]
     assert points(curve) == [[30, 61.5], [60, 75], [110, 81.5]]
+    assert crosses == [[[30, 61]], [[30, 62]]]  # each run's chosen threshold
     assert shown_points(classifiers) == [("o", [30, 68]), ("D", [100, 77]), ("*", [110, 78])]
 
 

@@ -24,12 +24,13 @@ def test_commands_of_the_results_page_give_its_tables(file, words, summary):
     assert out in PAGE
 
 
-def test_intervals_of_the_answers_stand_in_the_tables():
+def test_intervals_of_the_answers_are_printed_by_the_commands(summary):
     _, _, rest = PAGE.partition("### The answers, with three seeds")
     answers, _, rest = rest.partition("### How the runs are made")
     _, _, tables = rest.partition("<!-- the outputs of the six commands above -->")
+    tables += summary("--pairs", "baseline", "--unpooled", path=STUDY.with_name("cifar100_20classes.jsonl"))
     quoted = re.findall(r"[+-][\d.]+ \[[^]]+\]", " ".join(answers.split()))
-    assert len(quoted) > 25
+    assert len(quoted) > 30
     for interval in quoted:
         assert f"| {interval}" in tables
 
