@@ -154,18 +154,24 @@ def early_exit(axis, runs: list[Run], **line) -> None:
 
 def ranking(axis, groups: list[list[Run]], key: str, title: str, styles: dict[str, dict]) -> None:
     """Means of top-1 error and of the column `key`, with 95 % intervals of the differences from the baseline."""
-    half_widths = {}
+    means, half_widths = {}, {}
     paired, _ = pair_runs(BASE, groups)
     for column in ("top1_error", key):
+        for runs in groups:
+            means[column, runs[0].label] = np.mean([run.values.get(column, np.nan) for run in runs])
         having = [runs for runs in paired if all(column in run.values for run in runs)]
-        intervals = paired_intervals([[run.values[column] for run in runs] for runs in having])
-        for runs, half_width in zip(having, intervals.half_widths, strict=True):
-            half_widths[column, runs[0].label] = half_width
+        differences = [[run.values[column] for run in runs] for runs in having]
+        intervals = paired_intervals(differences)
+        for runs, values, half_width in zip(having, differences, intervals.half_widths, strict=True):
+            label = runs[0].label
+            half_widths[column, label] = half_width
+            # Not the mean of all its seeds, of which the baseline may lack some: the bar is the difference's.
+            means[column, label] = means[column, BASE] + np.mean(values)
     for runs in groups:
         if any(key not in run.values for run in runs):
             continue
         label = runs[0].label
-        x, y = (np.mean([run.values[column] for run in runs]) for column in ("top1_error", key))
+        x, y = means["top1_error", label], means[key, label]
         style = styles[label] | {"linestyle": "", "elinewidth": 1, "markersize": 6}
         errors = {"xerr": half_widths.get(("top1_error", label)), "yerr": half_widths.get((key, label))}
         axis.errorbar(x, y, **errors, label=wrapped(label), **style)

@@ -102,7 +102,7 @@ def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
         results = json.loads((source / "results.json").read_text())
     else:
         line = json.loads(source)
-        config, results = line["config"], line["results"]
+        config, results = {"run_name": line.get("name", name), **line["config"]}, line["results"]
     if results["status"] != "finished":
         raise ValueError(f"{results['status']}, {results['epochs']} of {config['end_epoch']} epochs")
     flags = {**paper, **config}

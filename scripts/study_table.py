@@ -1,12 +1,16 @@
-"""Print README's table of the study of twenty classes, from scripts/results/cifar100_20classes.jsonl."""
+"""Print README's table of the study of twenty classes."""
 
-import sys
+import argparse
+import signal
 from pathlib import Path
 
 from intervals import pair_runs
 from run_table import table_rows
 from runs import COLUMNS, Run, find_runs, group_runs
 from tables import cell_text, make_paired_table, mean_cell
+
+from utils.errors import UserError, print_error, run_command
+from utils.flags import path_type
 
 STUDY = Path(__file__).parent / "results" / "cifar100_20classes.jsonl"
 SETTINGS = {  # the label that summarize.py gives a setting -> README's words
@@ -40,13 +44,24 @@ def published(label: str) -> str:
     return "-"
 
 
-def study_table(file: Path) -> str:
-    """Markdown: mean and standard deviation over seeds, and the paired difference with its 95 % interval."""
-    groups, left_out = group_runs(find_runs([file]), "last")
+def study_table(files: list[Path]) -> str:
+    """Markdown: mean and standard deviation over seeds, and the paired difference with its 95 % interval.
+
+    Raises:
+        UserError: there are no runs, or some that have no place in the table. OSError: a file cannot be read.
+    """
+    groups, left_out = group_runs(find_runs(files), "last")
     by_label: dict[str, list[Run]] = {group[0].label: group for group in groups}
-    if left_out:
-        raise ValueError("; ".join(left_out))
-    paired, _ = pair_runs("baseline", groups)
+    paired, unpaired = pair_runs("baseline", groups)
+    wrong = [
+        *left_out,
+        *unpaired,
+        *(f"no setting of this table: {label}" for label in by_label if label not in SETTINGS),
+    ]
+    if len(by_label) < len(groups):
+        wrong.append("several networks or data sets")
+    if wrong or not groups:
+        raise UserError("; ".join(wrong) or f"no run in {', '.join(map(str, files))}")
     differences, _ = make_paired_table("", {"top1_error": COLUMNS["top1_error"]}, paired)
     rows = [HEADING, ["---"] * len(HEADING)]
     for label, words in SETTINGS.items():
@@ -65,5 +80,18 @@ def study_table(file: Path) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", type=path_type, default=[STUDY], help="study files (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        print(study_table(args.files))
+    except (OSError, UserError) as error:
+        print_error(str(error))
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(study_table(Path(sys.argv[1]) if len(sys.argv) > 1 else STUDY))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
+    run_command(main)

@@ -178,12 +178,6 @@ def summarize(args: argparse.Namespace) -> None:
     if not groups:
         args.fail("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *left_out]))
     runs = [run for group in groups for run in group]
-    if args.export:
-        lost = [line for line in left_out if line.startswith(f"{args.export}:") and "the same flags" not in line]
-        if lost:
-            args.fail(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
-        export(args.export, runs)
-
     environments = frozenset.union(*(run.environments for run in runs))
     notes = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(environments))}"]
     notes += [f"left out: {line}" for line in left_out]
@@ -207,6 +201,13 @@ def summarize(args: argparse.Namespace) -> None:
     if args.pairs and not tables:
         labels = dict.fromkeys(run.label for run in runs)
         args.fail(f"--pairs {args.pairs}: give one of {'; '.join(labels)}")
+    if args.export:
+        inputs = [path for path in args.runs if args.export.exists() and path.samefile(args.export)]
+        prefixes = tuple(f"{path}:" for path in inputs)
+        lost = [line for line in left_out if line.startswith(prefixes) and "the same flags" not in line]
+        if lost:
+            args.fail(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
+        export(args.export, runs)
     FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])
 
 

@@ -172,6 +172,13 @@ def test_ranking_shows_intervals_of_differences_from_the_baseline(root):
     assert len(dotted) == 2
 
 
+def test_ranking_shows_a_setting_at_the_baseline_plus_the_difference_of_their_common_seeds(root):
+    make_run(root, "byot3", 2.0, 3, BYOT=True)  # without a baseline
+    _, axis = draw(root, "error_against_ranking").axes
+    _, byot = axis.containers
+    assert points(byot.lines[0]) == [pytest.approx([23, 0.315])]
+
+
 def test_ten_groups_differ_in_colour_and_line_and_72_in_both_and_in_marker():
     groups = [[types.SimpleNamespace(label=label)] for label in ("baseline", *map(str, range(72)))]
     styles = plot.group_styles(groups)

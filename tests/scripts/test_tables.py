@@ -84,16 +84,36 @@ def test_export_to_the_file_that_is_read(tmp_path, summary):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_export_keeps_the_names_of_runs_in_study_files(tmp_path, summary):
+    make_finished_run(tmp_path, "a", 20.0, run_name="mine")
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    summary("--export", str(first))
+    summarize.main([str(first), "--export", str(second)])
+    assert json.loads(second.read_text())["name"] == "mine"
+    assert second.read_text() == first.read_text()
+
+
+def test_a_refused_command_exports_nothing(tmp_path, summary):
+    make_finished_run(tmp_path, "a", 20.0)
+    file = tmp_path / "study.jsonl"
+    with pytest.raises(SystemExit):
+        summary("--pairs", "nothing", "--export", str(file))
+    assert not file.exists()
+
+
 def test_export_does_not_remove_lines_that_cannot_be_read(tmp_path, summary, capsys):
     make_finished_run(tmp_path, "a1", 20.0)
     file = tmp_path / "study.jsonl"
     summary("--export", str(file))
     content = file.read_text() + "{torn\n"
     file.write_text(content)
-    with pytest.raises(SystemExit):
-        summarize.main([str(file), "--export", str(file)])
-    assert file.read_text() == content
-    assert "study.jsonl:2" in capsys.readouterr().err
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    for name in (file, link):
+        with pytest.raises(SystemExit):
+            summarize.main([str(file), "--export", str(name)])
+        assert file.read_text() == content
+        assert "study.jsonl:2" in capsys.readouterr().err
 
 
 def test_home_directory_is_found(tmp_path, monkeypatch, capsys):
