@@ -39,17 +39,8 @@ BASE = "baseline"  # its label; black, solid and thick in all figures
 # colour-blind; orange replaces its sand, too pale on paper. With ten lines or eight markers, 72 groups differ.
 COLOURS = ("#332288", "#cc6677", "#44aa99", "#882255", "#88ccee", "#999933", "#aa4499", "#117733", "#ee7733")
 DASHES = (
-    (5, 1.5),
-    (1, 1),
-    (6, 1, 1, 1),
-    (3, 3),
-    (6, 1, 1, 1, 1, 1),
-    (10, 2),
-    (2, 1),
-    (8, 1, 3, 1),
-    (1, 3),
-    (4, 1, 4, 3),
-)
+    (5, 1.5), (1, 1), (6, 1, 1, 1), (3, 3), (6, 1, 1, 1, 1, 1), (10, 2), (2, 1), (8, 1, 3, 1), (1, 3), (4, 1, 4, 3)
+)  # fmt: skip
 MARKERS = "sD^vPX<>"
 # In figures of all classifiers the markers say which one it is.
 CLASSIFIERS = {"exit 1": "o", "exit 2": "o", "exit 3": "o", "final": "D", "ensemble": "*"}
@@ -121,11 +112,12 @@ def mark_classifiers(axis, x: np.ndarray, y: np.ndarray, colour: str) -> None:
 
 
 def early_exit(axis, runs: list[Run], **line) -> None:
-    text = (
-        "MACs (multiply-adds) per image, % of the backbone's\ncircles, diamonds, stars: all images at that classifier\n"
-    )
-    text += "crosses: the threshold chosen on held-out images"
-    axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
+    text = [
+        "MACs (multiply-adds) per image, % of the backbone's",
+        "circles, diamonds, stars: all images at that classifier",
+        "crosses: the threshold chosen on held-out images",
+    ]
+    axis.set(xlabel="\n".join(text), ylabel="top-1 accuracy (%)")
     results = [run.results.get("test", {}).get("last", {}).get("early_exit") for run in runs]
     if None in results:
         if runs[0].label != BASE:

@@ -179,7 +179,8 @@ def summarize(args: argparse.Namespace) -> None:
         args.fail("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *left_out]))
     runs = [run for group in groups for run in group]
     environments = frozenset.union(*(run.environments for run in runs))
-    notes = [f"{len(runs)} runs, {which} epoch, made on {'; '.join(sorted(environments))}"]
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    notes = [f"{count}, {which} epoch, made on {'; '.join(sorted(environments))}"]
     notes += [f"left out: {line}" for line in left_out]
     tables = []
     keys = args.metrics or (DEFAULT_OF_PAIRS if args.pairs else DEFAULT)
