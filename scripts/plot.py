@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from intervals import pair_runs, paired_intervals
-from run_table import ROOT
+from paper import ROOT
 from runs import DAMAGED, Run, find_runs, group_runs
 
 from utils import figures

@@ -31,18 +31,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
-BLOCK_FLAGS = {"BYOT_from_k_block": 1, "num_resnet_blocks": 4}  # with main.py's defaults
+from paper import BLOCK_FLAGS, ROOT, table_rows
+
 NAMED_FLAGS = {"data_type", "classifier_type", "PSKD", "BYOT", "DML", "seed"}  # in main.py's own name of a run
 SHORT_NAMES = {"BYOT_from_k_block": "k", "num_resnet_blocks": "blocks", "end_epoch": "ep"}
 OUTPUT_LOCK = threading.Lock()
-
-
-def table_rows(table: int) -> list[dict]:
-    """The paper's rows: `row` (from 1), `model`, `methods`, the two block flags, and the published values."""
-    defaults = {"model": "resnet18", "methods": ["PSKD", "BYOT", "DML"], **BLOCK_FLAGS}
-    return [{**defaults, **row, "row": i} for i, row in enumerate(PUBLISHED[f"table{table}"]["rows"], 1)]
 
 
 def is_named(row: dict, word: str) -> bool:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from run_table import ROOT
+from paper import ROOT
 
 sys.path.insert(0, str(ROOT))
 from loss import METHODS

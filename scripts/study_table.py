@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from intervals import pair_runs
-from run_table import table_rows
+from paper import table_rows
 from runs import COLUMNS, Run, find_runs, group_runs
 from tables import cell_text, make_paired_table, mean_cell
 

@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 from intervals import pair_runs
-from run_table import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
+from paper import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
 from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs
 from tables import FORMATS, Line, Table, make_paired_table, make_table
 

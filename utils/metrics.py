@@ -1,37 +1,11 @@
 """The reported metrics of a classifier, from its logits: in float64, in chunks of rows, in O(M (K + log M))."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from utils.errors import NonFiniteError
+from utils.records import METRICS, SHOWN
 
-
-class Metric(NamedTuple):
-    """How a metric is printed, and whether the console, the tables and TensorBoard show it without being asked."""
-
-    heading: str
-    unit: str
-    decimals: int
-    shown: bool = True
-
-
-METRICS = {
-    # the six of `classification_metrics`
-    "top1_error": Metric("top-1 err", "%", 2),
-    "top5_error": Metric("top-5 err", "%", 2),
-    "nll": Metric("NLL", "nats", 4),
-    "ece": Metric("ECE", "%", 2),
-    "aurc": Metric("AURC", "x 1000", 2),
-    "eaurc": Metric("E-AURC", "x 1000", 2),
-    # the four of `extended_metrics`
-    "augrc": Metric("AUGRC", "x 1000", 2, shown=False),
-    "auroc_failure": Metric("AUROC_f", "%", 2, shown=False),
-    "brier": Metric("Brier", "", 4, shown=False),
-    "adaptive_ece": Metric("ad. ECE", "%", 2, shown=False),
-}
-SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}
 NUM_BINS = 10  # of ECE, as the paper
 NUM_ADAPTIVE_BINS = 15  # of adaptive ECE
 CHUNK = 2**18  # logits that are in memory as float64 at a time: 2 MB, about a processor's cache

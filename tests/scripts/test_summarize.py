@@ -4,13 +4,13 @@ import re
 import shlex
 from pathlib import Path
 
+import paper
 import pytest
-import run_table
 from helpers import NO_METHOD, TEST_BLOCK, cells, images_record, make_finished_run, metrics
 
 from utils import flags
 
-STUDY = Path(run_table.__file__).parent / "results" / "cifar100_width16.jsonl"
+STUDY = Path(paper.__file__).parent / "results" / "cifar100_width16.jsonl"
 
 
 PAGE = STUDY.with_name("README.md").read_text()
@@ -242,7 +242,7 @@ def test_no_device_is_touched(tmp_path, summary, monkeypatch):
 
 
 def test_published_rows_are_the_papers():
-    first = run_table.table_rows(1)
+    first = paper.table_rows(1)
     combinations = [[], ["BYOT"], ["DML"], ["PSKD"], ["PSKD", "BYOT"], ["PSKD", "DML"], ["BYOT", "DML"]]
     assert [row["methods"] for row in first] == 3 * [*combinations, ["PSKD", "BYOT", "DML"]]
     assert (first[23]["aurc"], first[7]["ece"]) == (45.71, 4.15)
