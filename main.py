@@ -350,7 +350,7 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
 
 
 def evaluate_run(args, given: set[str], device: torch.device) -> None:
-    """`--val_only`: evaluate a checkpoint with its own flags, network, classes, mean and std; print, and write val.json.
+    """`--val_only`: evaluate a checkpoint with its own flags, classes, mean and std; print, and write val.json.
 
     A run with `--val_split` is evaluated on its held-out images; where the data set at hand has others, which may be
     among those that it was trained on, on the test split.

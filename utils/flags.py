@@ -19,7 +19,7 @@ from utils.resume import MAY_CHANGE
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags have kinds (`add_flag`) and whose error is one line, from one process per machine."""
+    """An ArgumentParser whose flags have kinds (`add_flag`), and whose error is one line from each machine."""
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)

@@ -23,10 +23,10 @@ def all_metrics(samples: Tensor) -> dict[str, float | None]:
         samples: (4, M), what `per_sample` returns, on the CPU: sorting on a GPU would wait for it many times.
 
     Returns:
-        `top1_error`, `top5_error`, `ece` and `adaptive_ece` in percent, `nll` in nats; `aurc`, `eaurc` and `augrc` times
-        1000; `auroc_failure` in percent, None where no prediction or every prediction is wrong; `brier`: mean over
-        samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950). Where logits tie, the lower class comes first; with fewer
-        than 6 classes top-5 error is 0. None of the values depends on the order of the samples.
+        `top1_error`, `top5_error`, `ece` and `adaptive_ece` in percent, `nll` in nats; `aurc`, `eaurc` and `augrc`
+        times 1000; `auroc_failure` in percent, None where no prediction or every prediction is wrong; `brier`: mean over
+        samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950). Where logits tie, the lower class comes first; with
+        fewer than 6 classes top-5 error is 0. None of the values depends on the order of the samples.
 
     Raises:
         NonFiniteError: NaN or +inf among the logits.
