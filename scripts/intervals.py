@@ -5,7 +5,7 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
-from runs import Run, other_images
+from runs import Column, Group, Run, other_splits
 
 
 class Intervals(NamedTuple):
@@ -64,32 +64,50 @@ def paired_intervals(differences: list[list[float]]) -> Intervals:
     return Intervals(half_widths, num_settings, degrees_of_freedom)
 
 
-def pair_runs(base: str, groups: list[list[Run]]) -> tuple[list[list[Run]], list[str]]:
-    """Groups whose values are differences, by seed, from the runs labelled `base` of the same network on the same
-    images; and a line for each setting that has runs without such a base."""
-    bases = {(run.data, run.network, run.seed): run for group in groups for run in group if run.label == base}
+class Pairs(NamedTuple):
+    """A group beside a base."""
+
+    group: Group
+    pairs: list[tuple[Run, Run]]  # a run, and the base's of its seed
+
+
+def pair_runs(base: str, groups: list[Group]) -> tuple[list[Pairs], list[str]]:
+    """Groups beside the one labelled `base` of the same network on the same images; and a line for each that has runs
+    without such a base."""
+    bases = {}
+    for group in groups:
+        if group.label == base:
+            bases |= {(group.data, run.network, run.seed): run for run in group.runs}
     paired, left_out = [], []
     for group in groups:
-        if group[0].label == base:
+        if group.label == base:
             continue
-        differences = []
-        unpaired = {}  # reason -> seeds
-        for run in group:
-            of_base = bases.get((run.data, run.network, run.seed))
+        pairs = []
+        unpaired: dict[str, list[int]] = {}  # reason -> seeds
+        for run in group.runs:
+            of_base = bases.get((group.data, run.network, run.seed))
             if of_base is None:
-                reason = f"no {base} of its network, data and seed"
-                unpaired.setdefault(reason, []).append(run.seed)
-                continue
-            others = other_images(run, of_base)
-            if others:
-                reason = f"its {base} has other {', '.join(others)}"
-                unpaired.setdefault(reason, []).append(run.seed)
-                continue
-            shared = run.values.keys() & of_base.values.keys()
-            values = {key: run.values[key] - of_base.values[key] for key in shared}
-            differences.append(run._replace(values=values))
-        if differences:
-            paired.append(differences)
+                unpaired.setdefault(f"no {base} of its network, data and seed", []).append(run.seed)
+            elif others := other_splits(run, of_base):
+                unpaired.setdefault(f"its {base} has other {', '.join(others)} images", []).append(run.seed)
+            else:
+                pairs.append((run, of_base))
+        if pairs:
+            paired.append(Pairs(group, pairs))
         for reason, seeds in unpaired.items():
-            left_out.append(f"{group[0].label}, seed {' '.join(map(str, seeds))} ({reason})")
+            left_out.append(f"{group.label}, seed {' '.join(map(str, seeds))} ({reason})")
     return paired, left_out
+
+
+def differences(paired: Pairs, column: Column) -> list[float] | None:
+    """Of each pair, the run's number minus the base's; None where one is missing, or where it is a time and several
+    machines were used. A base without exits is its own early exit: its error, at 100 % of its cost."""
+    found, machines = [], set()
+    for run, base in paired.pairs:
+        whole = {("early exit", "multiply_adds"): 100, ("early exit", "top1_error"): base.values["final", "top1_error"]}
+        number, of_base = run.values.get(column.value), (whole | base.values).get(column.value)
+        if number is None or of_base is None:
+            return None
+        found.append(number - of_base)
+        machines |= run.machines | base.machines
+    return None if column.is_time and len(machines) > 1 else found
