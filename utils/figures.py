@@ -38,12 +38,12 @@ def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, values.std(axis=0, ddof=1)
 
 
-def mean_band(axis, x, curves: np.ndarray, markevery=0.25, **line) -> None:
+def mean_band(axis, x, curves: np.ndarray, **line) -> None:
     """The mean of curves (n, len(x)), in %, in a band of one standard deviation."""
     mean, sd = mean_sd(curves)
     low = (mean - sd).clip(min=0)
     high = (mean + sd).clip(max=100)
-    axis.plot(x, mean, markevery=markevery, **line)
+    axis.plot(x, mean, **line)
     axis.fill_between(x, low, high, color=line["color"], alpha=0.18, linewidth=0)
 
 
@@ -63,8 +63,8 @@ def reliability_diagram(axis, predictions: list[tuple[Tensor, Tensor]], **line) 
 
     x = mean_confidence.mean(axis=0)
     axis.axline((0, 0), (100, 100), color="black", linewidth=0.8)
-    mean_band(axis, x, accuracy, markevery=[], **line)
-    axis.scatter(x, accuracy.mean(axis=0), 150 * share, color=line["color"], marker=line.get("marker"))
+    mean_band(axis, x, accuracy, **line)
+    axis.scatter(x, accuracy.mean(axis=0), 150 * share, color=line["color"])
     axis.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy (%)")
     axis.set_xlabel("confidence (%)\narea of a marker: share of images\nstraight line: perfect calibration")
 
