@@ -34,7 +34,7 @@ def run_all(commands: list[str], jobs: int, gpus: int) -> int:
         options["preexec_fn"] = lambda: prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     if jobs > 1:
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        options["env"] = {"OMP_NUM_THREADS": "1", **os.environ}
     waiting, failed = deque(commands), []
     processes = {}  # job -> the last one that it started
     lock = threading.Lock()  # of `waiting` and `processes`
