@@ -113,12 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as e:
         parser.error(f"{e}: activate the virtual environment, or set PYTHON to its interpreter")
     commands = [shlex.join([sys.executable, "main.py", *flags]) for flags in runs.values()]
-    if args.dry_run:
-        for command in commands:
-            tell(command)
-        return 0
-    # In place of this process, which holds PyTorch and perhaps a GPU.
-    os.execv(sys.executable, [sys.executable, str(RUNNER), jobs, str(gpus), *commands])
+    if not args.dry_run:  # in place of this process, which holds PyTorch and perhaps a GPU
+        os.execv(sys.executable, [sys.executable, str(RUNNER), jobs, str(gpus), *commands])
+    for command in commands:
+        tell(command)
+    return 0
 
 
 if __name__ == "__main__":
