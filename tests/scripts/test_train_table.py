@@ -80,9 +80,9 @@ def test_commands_and_run_names(dry_run):
     assert len(dry_run("1", "resnet50")) == 8
     for table, suffixes in (("3", ["", "_k2", "_k3"]), ("4", ["", "_blocks3", "_blocks2"])):
         assert list(dry_run(table)) == [ROW8.replace("_seed", f"{suffix}_seed") for suffix in suffixes]
-    extra = ["--data_type", "synthetic", "--limit_train=64", "--lr_decay_schedule", "1", "2"]
-    (name,) = dry_run("1", "1", "--", *extra, EPOCHS="30")
-    assert name == "synthetic_resnet18_baseline_ep30_limit_train64_lr_decay_schedule1-2_seed4"
+    extra = ["--data_type", "synthetic", "--limit_train=64", "--lr_decay_schedule", "1", "2", "--DML_as_published"]
+    (name,) = dry_run("1", "3", "--", *extra, EPOCHS="30")
+    assert name == "synthetic_resnet18_DML_DML_as_published_ep30_limit_train64_lr_decay_schedule1-2_seed4"
 
 
 def test_one_experiment_has_one_name(dry_run):
@@ -99,9 +99,10 @@ def test_study_trains_its_ten_settings_seed_by_seed(tmp_path):
     runs = [main.parse_args(shlex.split(line)[2:]) for line in lines]
     assert [args.run_name for args in runs] == [f"{name}_seed{seed}" for seed in (1, 2) for name, _, _ in SETTINGS]
     assert [args.seed for args in runs] == 10 * [1] + 10 * [2]
-    methods = {(args.PSKD, args.BYOT, args.DML, args.alpha, args.label_smoothing) for args in runs}
-    assert len(methods) == 10
-    assert {(False, True, False, 0.0, 0.0), (False, False, False, 0.1, 0.1)} < methods
+    losses = {(args.PSKD, args.BYOT, args.DML, args.alpha, args.beta, args.label_smoothing) for args in runs}
+    assert len(losses) == 10
+    beta = main.default_args().beta
+    assert {(False, True, False, 0.0, 0.0, 0.0), (False, False, False, 0.1, beta, 0.1)} < losses
     for args in runs:
         assert (args.classes, args.val_split, args.width, args.lr_decay_schedule) == (20, 0.1, 16, [30, 45])
         assert (args.data_path, args.experiments_dir) == (str(tmp_path), "experiments/study")
@@ -162,8 +163,9 @@ received = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
 print("waiting", flush=True)
-while not received:
-    time.sleep(0.1)
+for _ in range(100):
+    if not received:
+        time.sleep(0.1)
 time.sleep(0.5)  # for a second signal
 os.mkdir(os.path.join({str(tmp_path)!r}, "-".join([sys.argv[-1], *received])))
 sys.exit(1)
