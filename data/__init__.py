@@ -17,6 +17,7 @@ from data.readers import Images, Split
 from utils import distributed
 from utils.errors import UserError, first_line, first_names, is_out_of_memory
 from utils.flags import add_flag, add_number, add_path
+from utils.records import DataRecord, SplitRecord
 
 
 class Dataset(NamedTuple):
@@ -100,7 +101,7 @@ def _describing_memory():
 
 @_describing_memory()
 def load_splits(
-    args: Namespace, device: torch.device | str, record: dict | None = None, names=("train", "val", "test")
+    args: Namespace, device: torch.device | str, record: DataRecord | None = None, names=("train", "val", "test")
 ) -> dict[str, Loader]:
     """The loaders of the splits in `names`: `train` and `val`, and with `--val_split` also `test`, if there is one.
 
@@ -122,10 +123,10 @@ def load_splits(
     dataset = DATASETS[args.data_type]
     read = partial(dataset.read, Path(args.data_path), _read_options(args, record))
     splits, class_names = _divide(args, distributed.local_rank_0_first(read))
-    if record is not None and (changes := _class_differences(record["class_names"], class_names)):
+    if record is not None and (changes := _class_differences(record.class_names, class_names)):
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
     if record is not None:
-        mean, std = record["mean"], record["std"]
+        mean, std = record.mean, record.std
     elif dataset.mean is not None:
         mean, std = dataset.mean, dataset.std
     else:
@@ -138,14 +139,8 @@ def load_splits(
     for name, part in splits.items():
         limit = args.limit_train if name == "train" else args.limit_val
         part = splits[name] = part.first_of_each_class(limit)
-        facts[name] = {"images": len(part.labels), "digest": part.digest()}
-    found = {
-        "class_names": list(class_names),
-        "mean": list(mean),
-        "std": list(std),
-        "stored_size": [height, width],
-        "splits": facts,
-    }
+        facts[name] = SplitRecord(len(part.labels), part.digest())
+    found = DataRecord(list(class_names), list(mean), list(std), [height, width], facts)
 
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
     loaders = {}
@@ -155,12 +150,12 @@ def load_splits(
     return loaders
 
 
-def _read_options(args: Namespace, record: dict | None) -> ReadOptions:
+def _read_options(args: Namespace, record: DataRecord | None) -> ReadOptions:
     """With --val_split the images are the training split's, and a test split is welcome; without, --val_only needs the
     test split alone. What belongs to a trained network is brought to the size that it was trained on."""
     return ReadOptions(
         args.image_size,
-        size=tuple(record["stored_size"]) if record is not None else None,
+        size=tuple(record.stored_size) if record is not None else None,
         train=args.val_split is not None or not args.val_only,
         needs_test=args.val_split is None,
         workers=args.workers,
@@ -187,20 +182,20 @@ def _divide(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str
     return splits, class_names
 
 
-def check_same_images(before: dict, now: dict, source) -> None:
+def check_same_images(before: DataRecord, now: DataRecord, source) -> None:
     """For a run that goes on: two data records, the checkpoint's (`source`) and that of the images that were found.
 
     Raises:
         UserError: the images are not the same; says in what they differ.
     """
     changes = []
-    none = {"images": 0}
-    for name in {**now["splits"], **before["splits"]}:
-        found, recorded = (record["splits"].get(name, none) for record in (now, before))
-        if found["images"] != recorded["images"]:
-            changes.append(f"{found['images']} {name} images in place of {recorded['images']}")
-        elif found["digest"] != recorded["digest"]:
-            changes.append(f"pixels or labels of the {found['images']} {name} images")
+    none = SplitRecord(0, "")
+    for name in now.splits | before.splits:
+        found, recorded = (record.splits.get(name, none) for record in (now, before))
+        if found.images != recorded.images:
+            changes.append(f"{found.images} {name} images in place of {recorded.images}")
+        elif found.digest != recorded.digest:
+            changes.append(f"pixels or labels of the {found.images} {name} images")
     if changes:
         raise UserError(
             f"{source} was trained on other images; different are: {', '.join(changes)}. Restore them, or give another"

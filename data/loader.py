@@ -10,6 +10,7 @@ from data import augment
 from data.readers import Split
 from utils import distributed
 from utils.errors import UserError
+from utils.records import DataRecord
 
 # Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
 # for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
@@ -44,7 +45,7 @@ class Loader:
     def __init__(
         self,
         split: Split,
-        record: dict,
+        record: DataRecord,
         image_size: int,
         device: torch.device,
         augmentation: str | None = None,
@@ -57,9 +58,9 @@ class Loader:
         self.images = images.to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.record = record
-        self.class_names = record["class_names"]
-        self.mean = record["mean"]
-        self.std = record["std"]
+        self.class_names = record.class_names
+        self.mean = record.mean
+        self.std = record.std
         self.num_classes = len(self.class_names)
         self.num_samples = len(images)
         self.image_size = image_size

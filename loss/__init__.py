@@ -9,7 +9,15 @@ from loss.pskd import ProgressiveTargets
 from models import num_exits
 from utils.flags import add_number, add_switch
 
-__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "trained_exits"]
+__all__ = [
+    "METHODS",
+    "Objective",
+    "add_flags",
+    "build_objective",
+    "check_flags",
+    "trained_classifiers",
+    "trained_exits",
+]
 
 METHODS = ("PSKD", "BYOT", "DML")
 
@@ -79,3 +87,9 @@ def trained_exits(args) -> list[bool]:
     feature and leaves the classifier on top of it at its initial weights)."""
     by_dml = args.DML and args.DML_on_output
     return [by_dml or (args.BYOT and i >= args.BYOT_from_k_block) for i in range(1, num_exits(args) + 1)]
+
+
+def trained_classifiers(args) -> list[str]:
+    """The names of the classifiers that a loss trains, shallow to deep."""
+    exits = [f"exit {i}" for i, is_trained in enumerate(trained_exits(args), start=1) if is_trained]
+    return [*exits, "final"]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.resnet import ResNet, init_weights
+from utils.records import classifier_names
 
 
 class Outputs(NamedTuple):
@@ -116,8 +117,8 @@ class MultiExitResNet(ResNet):
         num_classes: K.
         exit_type: the kind of exit, or None for no exits.
 
-    `temperatures` (B,), shallow to deep, divide the logits before a confidence is read; None marks an exit whose
-    classifier no loss trains, which never decides. They are 1; `load_run`, and nothing else, sets a run's own.
+    `temperatures`, by classifier, divide the logits before a confidence is read; an exit without one, whose classifier
+    no loss trains, never decides. They are 1; `load_run`, and nothing else, sets a run's own.
     """
 
     def __init__(self, backbone: dict, num_classes: int, exit_type: type[nn.Module] | None):
@@ -127,7 +128,7 @@ class MultiExitResNet(ResNet):
             inner = []
         self.exits = nn.ModuleList(exit_type(i, c, last, num_classes) for i, c in enumerate(inner, start=1))
         init_weights(self.exits)
-        self.temperatures: list[float | None] = [1.0] * (len(inner) + 1)
+        self.temperatures = dict.fromkeys(classifier_names(len(inner) + 1), 1.0)
 
     def forward(self, images: Tensor) -> Outputs:
         x = self.stem(images)
@@ -162,7 +163,7 @@ class MultiExitResNet(ResNet):
             x = stage(x)
             if i in exits:
                 exit_logits, _ = classify(exits[i].fc, exits[i](x))
-                stop = confidence(exit_logits, self.temperatures[i - 1]) >= threshold
+                stop = confidence(exit_logits, self.temperatures[f"exit {i}"]) >= threshold
                 logits[remaining[stop]], decided_by[remaining[stop]] = exit_logits[stop], i
                 if stop.all():
                     return logits, decided_by
@@ -171,23 +172,25 @@ class MultiExitResNet(ResNet):
         logits[remaining], _ = classify(self.fc, x)
         return logits, decided_by
 
-    def _deciding_exits(self, temperatures: list[float | None]) -> dict[int, nn.Module]:
+    def _deciding_exits(self, temperatures: dict[str, float]) -> dict[int, nn.Module]:
         """The exits that have a temperature, by number."""
-        return {i: exit_ for i, exit_ in enumerate(self.exits, start=1) if temperatures[i - 1] is not None}
+        return {i: exit_ for i, exit_ in enumerate(self.exits, start=1) if f"exit {i}" in temperatures}
 
     @torch.no_grad()
-    def multiply_adds(self, image_size: int, temperatures: list | None = None) -> tuple[list[int], int]:
+    def multiply_adds(
+        self, image_size: int, temperatures: dict[str, float] | None = None
+    ) -> tuple[dict[str, int], int]:
         """Multiply-adds of convolutions and linear layers per image of `image_size` pixels, counted while one runs.
 
         Args:
-            temperatures: (B,), of which None marks the exits that never decide (default: the network's own).
+            temperatures: of the classifiers that may decide (default: the network's own).
 
         Returns:
-            those of stopping at each exit, shallow to deep, and of going to the end, every deciding exit on the way
-            included, as predict_early runs; and those of the backbone alone.
+            those of stopping at each deciding classifier, by name, every deciding exit on the way included, as
+            predict_early runs; and those of the backbone alone.
         """
         exits = self._deciding_exits(temperatures or self.temperatures)
-        totals, on_exits = [], 0
+        totals, on_exits = {}, 0
         image = torch.zeros(1, 3, image_size, image_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         training = self.training
         self.eval()
@@ -199,12 +202,11 @@ class MultiExitResNet(ResNet):
                     before = counter.get_total_flops()
                     classify(exits[i].fc, exits[i](x))
                     on_exits += counter.get_total_flops() - before
-                if i <= len(self.exits):
-                    totals.append(counter.get_total_flops() // 2)
+                    totals[f"exit {i}"] = counter.get_total_flops() // 2
             classify(self.fc, x)
-            totals.append(counter.get_total_flops() // 2)
+            totals["final"] = counter.get_total_flops() // 2
         self.train(training)
-        return totals, totals[-1] - on_exits // 2
+        return totals, totals["final"] - on_exits // 2
 
 
 def classify(fc: nn.Linear, feature_map: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def predict(args: argparse.Namespace) -> int:
         args.csv.touch()  # before the work, not after it
     model, info = load_run(args.run, args.epoch)
     if info["temperatures"] is None:
-        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on, or no test split"
+        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on"
         print(f"note: {text}", file=sys.stderr)
     paths = find_images(args.images)
     rows = []
@@ -108,18 +108,16 @@ def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: fl
 
     costs, backbone = model.multiply_adds(info["image_size"])
     if threshold > 1:
-        costs[-1] = backbone  # no exit is computed
+        costs["final"] = backbone  # no exit is computed
     rows = []
     split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that nothing reads
     for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
         logits, decided_by = model.predict_early(images, threshold)
         for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
-            is_final = number == model.num_stages
-            i = -1 if is_final else number - 1
+            classifier = "final" if number == model.num_stages else f"exit {number}"
             name = info["class_names"][image_logits.argmax()]
-            certainty = confidence(image_logits, model.temperatures[i]).item()
-            classifier = "final" if is_final else f"exit {number}"
-            rows.append((found[row], name, certainty, classifier, 100 * costs[i] / backbone))
+            certainty = confidence(image_logits, model.temperatures[classifier]).item()
+            rows.append((found[row], name, certainty, classifier, 100 * costs[classifier] / backbone))
     return rows
 
 

@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
 from utils import distributed
 from utils.metrics import all_metrics, per_sample, rows_per_chunk
+from utils.records import Classifiers, classifier_names
 
 
 def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
@@ -218,34 +219,28 @@ def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     return distributed.all_reduce_sum_(logits), distributed.all_reduce_sum_(all_labels)
 
 
-def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
-    """Metrics of every classifier and of their ensemble.
+def evaluate(logits: Tensor, labels: Tensor, trained: list[str]) -> Classifiers:
+    """Metrics (`utils.records.METRICS`) of every classifier that a loss trains and, if there are several, of their
+    `ensemble`, the mean of their probabilities.
 
     Args:
         logits: (B, M, K), shallow to deep, the final classifier last, as `predict` returns them.
         labels: (M,).
-        trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
-
-    Returns:
-        `val`: the final classifier's metrics, those of `utils.metrics.METRICS`; `exits`: each exit's, None for an
-        untrained one; `ensemble`: those of the mean of all trained classifiers' probabilities, None with one
-        classifier.
+        trained: the classifiers' names, shallow to deep.
 
     Raises:
         NonFiniteError: logits that are not finite.
     """
-    *exits, final = logits
-    trained = [e for e, is_trained in zip(exits, trained_exits, strict=True) if is_trained]
-    classifiers = [*trained, final]
-    if trained:
-        classifiers.append(ensemble_logits(classifiers))
-    samples = torch.stack([per_sample(z, labels) for z in classifiers])
-    metrics = [all_metrics(of_classifier) for of_classifier in samples.cpu()]
+    members = by_classifier(logits, trained)
+    if len(members) > 1:
+        members["ensemble"] = ensemble_logits(list(members.values()))
+    samples = torch.stack([per_sample(z, labels) for z in members.values()])
+    return dict(zip(members, map(all_metrics, samples.cpu()), strict=True))
 
-    ensemble = metrics.pop() if trained else None
-    val = metrics.pop()
-    of_exits = iter(metrics)
-    return {"val": val, "exits": [next(of_exits) if ok else None for ok in trained_exits], "ensemble": ensemble}
+
+def by_classifier(logits: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Of logits (B, M, K), shallow to deep, those of the named classifiers: (M, K) each."""
+    return {name: z for name, z in zip(classifier_names(len(logits)), logits, strict=True) if name in names}
 
 
 def ensemble_logits(members: list[Tensor]) -> Tensor:

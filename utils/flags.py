@@ -9,7 +9,6 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,21 +16,11 @@ import torch
 from utils import distributed
 from utils.errors import printable
 from utils.machine import has_bf16_instructions
-
-# Between two starts of a run, with --allow_change.
-MAY_CHANGE = ("end_epoch", "lr_decay_schedule", "precision", "processes")
+from utils.resume import MAY_CHANGE
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags have kinds (`add_flag`) and whose error is one line, from one process per machine.
-
-    Args:
-        fail: called with the message of an error in place of printing it; must not return.
-    """
-
-    def __init__(self, fail: Callable[[str], None] | None = None, **options):
-        super().__init__(**options)
-        self.fail = fail
+    """An ArgumentParser whose flags have kinds (`add_flag`), and whose error is one line from each machine."""
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -52,8 +41,6 @@ class Parser(argparse.ArgumentParser):
         return flags[nearest[0]] if nearest else []
 
     def error(self, message: str):
-        if self.fail is not None:
-            self.fail(message)
         if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
             distributed.wait_for_rank_0()
             self.exit(2)
@@ -63,34 +50,10 @@ class Parser(argparse.ArgumentParser):
         """The flags of these kinds."""
         return {action.dest for action in self._actions if getattr(action, "kind", None) in kinds}
 
-    def namespace(self, saved: dict) -> argparse.Namespace:
-        """Saved flags as the namespace that parsing starts from: they hold where the command line does not say
-        otherwise. A flag or a name that this program does not know is an error."""
-        actions = {action.dest: action for action in self._actions}
-        for name, value in saved.items():
-            if name not in actions:
-                if value:
-                    self.error(f"--{name} {value}: this program has no such flag")
-                continue
-            choices = actions[name].choices
-            if choices is not None and value not in choices:
-                self.error(f"argument --{name}: {value!r} is none of {', '.join(choices)}")
-        return argparse.Namespace(**saved)
-
-    def differences(self, before: dict, now: dict) -> list[str]:
-        """The flags in which two command lines define different experiments, each as `--flag OLD -> NEW`.
-
-        A flag that only one of them has, because its program was younger or older, has its default in the other; one
-        that this program does not know counts as off.
-        """
-        found = []
-        for name in sorted((before.keys() | now.keys()) - self.names("runtime", "machine")):
-            default = self.get_default(name)
-            old, new = before.get(name, default), now.get(name, default)
-            is_off_in_both = not old and not new and not (name in before and name in now)
-            if old != new and not is_off_in_both:
-                found.append(f"--{name} {old} -> {new}")
-        return found
+    def given(self, argv: list[str] | None) -> set[str]:
+        """The flags that stand on a command line."""
+        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
+        return {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None}
 
 
 def number_type(kind: type, low, high):
@@ -187,11 +150,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "the run's directory (default: <data>_<model>_<methods>_seed<seed>; runs that differ in other flags need"
     text += " names of their own)"
     add("--run_name", "runtime", metavar="NAME", help=text)
-    text = "continue this checkpoint or run directory, with the same flags and images, under --run_name (default: the"
-    text += " run's own, if any)"
+    text = (
+        "continue this checkpoint or run directory, with the same flags and images, in the run directory, unless that"
+    )
+    text += " holds a checkpoint of its own (default: none)"
     path("--resume", "runtime", text, metavar="PATH", also="checkpoint")
-    text = "with --resume: evaluate the checkpoint, or every run under a directory, with its own flags, on the"
-    text += " validation images; writes val.json to <experiments_dir>/<run_name> (default name: val_only)"
+    text = "with --resume: evaluate the checkpoint with its own flags on the validation images; writes val.json to"
+    text += " <experiments_dir>/<run_name> (default name: the run's and `_val`)"
     switch("--val_only", "runtime", help=text, also="eval evaluate test")
     switch("--overwrite", "runtime", help="start over, replacing what the run directory holds")
     add(
@@ -205,8 +170,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         " lr_decay_schedule, precision, processes (default: none, since a run is then no longer what one command"
         " computes)",
     )
-    text = "the same as --allow_change end_epoch; a loss may depend on the number of epochs"
-    switch("--allow_end_epoch_change", "runtime", help=text)
     switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
     text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"
     number("--saveckp_freq", int, 0, 0, 10**9, text, reason, kind="runtime")
@@ -233,7 +196,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace, fail) -> None:
     """Check the flags of this module, and resolve `auto`; `fail(message)` reports an error and does not return."""
-    args.allow_change = sorted({*args.allow_change, *["end_epoch"] * args.allow_end_epoch_change})
     if args.lr_decay_schedule is None:
         args.lr_decay_schedule = sorted({math.ceil(args.end_epoch / 2), math.ceil(3 * args.end_epoch / 4)})
         if "end_epoch" in args.allow_change:
@@ -246,11 +208,11 @@ def check_flags(args: argparse.Namespace, fail) -> None:
         fail("argument --val_only: has no effect without --resume")
     if args.overwrite and args.resume:
         fail("argument --overwrite: cannot be used with --resume")
-    _check_machine(fail, args)
-    _check_paths(fail, args)
+    check_machine(args, fail)
+    _check_paths(args, fail)
 
 
-def _check_machine(fail, args: argparse.Namespace) -> None:
+def check_machine(args: argparse.Namespace, fail) -> None:
     """Device, precision and number of processes."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,7 +257,7 @@ def _check_machine(fail, args: argparse.Namespace) -> None:
         fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {processes} processes; use {near}")
 
 
-def _check_paths(fail, args: argparse.Namespace) -> None:
+def _check_paths(args: argparse.Namespace, fail) -> None:
     """Names and locations of files."""
     for name in ("run_name", "experiments_dir", "data_path", "resume"):
         value = getattr(args, name) or ""

@@ -72,7 +72,7 @@ def test_bad_usage_is_one_error_before_any_run(argv, variable, message, monkeypa
 
 def test_commands_and_run_names(dry_run):
     command = f"{sys.executable} main.py --classifier_type resnet18 --PSKD --BYOT --DML --seed 4 --run_name {ROW8}"
-    runtime = ["--workers", "2", "--device=cpu", "--compile", "--allow_end_epoch_change", "--save_predictions"]
+    runtime = ["--workers", "2", "--device=cpu", "--compile", "--allow_change=end_epoch", "--save_predictions"]
     assert dry_run("1", "8") == {ROW8: command}
     assert list(dry_run("1", "8", "--", *runtime)) == [ROW8]
     rows = ["BYOT_DML", "PSKD_BYOT_DML", "BYOT"]
