@@ -44,7 +44,7 @@ from utils.errors import (
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import environment, seed_generators, set_up_torch
-from utils.records import results_table
+from utils.records import DataRecord, from_json, results_table, to_json
 from utils.run_directory import RunDirectory
 
 
@@ -138,9 +138,11 @@ def train(args, device: torch.device) -> None:
     with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args), build_parser().differences) as run:
         # where the run starts: flags are compared before any image is read, images before anything is written
         checkpoint = run.open()
-        loaders = load_splits(args, device, checkpoint["data"] if checkpoint else None)
+        with reading(run.source):
+            record = from_json(DataRecord, checkpoint["data"]) if checkpoint else None
+        loaders = load_splits(args, device, record)
         train_loader, val_loader = loaders["train"], loaders["val"]
-        check_images(run, checkpoint, train_loader.record)
+        check_images(run, record, train_loader.record)
         if run.is_finished:
             run.export("finished")
             tell(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
@@ -150,7 +152,7 @@ def train(args, device: torch.device) -> None:
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
 
         # from here on files are written
-        run.begin(environment(device, distributed.world_size()), train_loader.record, checkpoint)
+        run.begin(environment(device, distributed.world_size()), to_json(train_loader.record), checkpoint)
         logger = Logger(run.path if run.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
@@ -212,19 +214,20 @@ def build_training(args, device: torch.device, train_loader, checkpoint: dict | 
     return model, network, step, states
 
 
-def check_images(run: RunDirectory, checkpoint: dict | None, record: dict) -> None:
+def check_images(run: RunDirectory, before: DataRecord | None, now: DataRecord) -> None:
     """Raises UserError where the processes read different images, or a run that goes on was trained on others."""
-    if distributed.find_differing(record):
+    if distributed.find_differing(vars(now)):
         raise UserError("the processes read different images: give all of them the same data")
-    if checkpoint:
-        check_same_images(checkpoint["data"], record, run.source)
+    if before:
+        check_same_images(before, now, run.source)
 
 
 def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) -> str:
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
-    if args.val_split is not None and "test" not in loaders:
+    train, val = loaders["train"], loaders["val"]
+    images = f"{train.num_samples} training and {val.num_samples} validation images of {train.num_classes} classes"
+    if val.record.selects_on_val and "test" not in loaders:
         images += ", no test split"
     machine = environment(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
@@ -240,7 +243,7 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
     if predictions is None:
         predictions = predict(model, loaders["val"], args.precision)
     test = None
-    if args.val_split is not None:
+    if loaders["val"].record.selects_on_val:
         test = evaluate_test_split(args, run, model, loaders["val"], loaders.get("test"))
     if not run.is_main:
         return
@@ -259,7 +262,7 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
 
 
 def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
-    """The test split's metrics for the last and the best epoch, with temperatures fitted on the held-out images;
+    """The test split's metrics for the last and the best epoch, with temperatures fitted on the validation images;
     complete in rank 0; empty without a test split."""
     trained, test = trained_exits(args), {}
     if test_loader is None:
@@ -321,8 +324,8 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
     """The metrics of a checkpoint, with the network, classes, mean and std of its own record; the command line `argv`
     says where and how to compute.
 
-    A run with `--val_split` is evaluated on its held-out images; where the data set at hand has others, which may be
-    among those that it was trained on, on the test split.
+    A run that was selected on validation images is evaluated on those; where the data set at hand has others, which may
+    be among those that it was trained on, on the test split.
 
     Raises:
         UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing or of other
@@ -337,37 +340,37 @@ def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> di
 
     # the run's flags, to which the command may add where and how to compute
     with reading(path):
-        saved, recorded = checkpoint["args"], checkpoint["data"]["splits"]
+        saved, record = checkpoint["args"], from_json(DataRecord, checkpoint["data"])
         experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
         own = parse_args(argv, fail, experiment)
         if changes := build_parser().differences(saved, vars(own) | {"precision": saved.get("precision")}):
             raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
-        model = build_model(own, len(checkpoint["data"]["class_names"]))
+        model = build_model(own, len(record.class_names))
         load_states(checkpoint, path, model=model)
 
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
-    loaders = load_splits(own, device, checkpoint["data"], ("val", "test"))
-    # the run's held-out images, unless others lie there now: those may be among the ones that it was trained on
+    loaders = load_splits(own, device, record)
+    # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
-    if own.val_split is not None:
-        found = loaders["val"].record["splits"]["val"] if "val" in loaders else None
-        if found != recorded["val"]:
+    if record.selects_on_val:
+        found = loaders["val"].record.splits["val"] if "val" in loaders else None
+        if found != record.splits["val"]:
             split = "test"
     if split not in loaders:
-        raise UserError(f"{own.data_path} has no test split, and other held-out images than {path} was selected on")
+        raise UserError(f"{own.data_path} has no test split, and other validation images than {path} was selected on")
 
     # the metrics
     loader = loaders[split]
     if distributed.is_main():
-        kind = "test" if own.val_split is None or split == "test" else "held-out training"
+        kind = "validation" if record.selects_on_val and split == "val" else "test"
         tell(f"{path}: {loader.num_samples} {kind} images")
     logits, labels = predict(model, loader, own.precision)
     return {
         "checkpoint": str(path),
         "epoch": checkpoint["epoch"],
-        "images": loader.record["splits"][split],
-        "images_of_the_run": recorded.get(split),
+        "images": to_json(loader.record.splits[split]),
+        "images_of_the_run": to_json(record.splits.get(split)),
         **evaluate(logits, labels, trained_exits(own)),
     }
 
