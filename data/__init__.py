@@ -140,11 +140,9 @@ def load_splits(args: Namespace, device: torch.device | str, record: DataRecord 
     if dataset.stored_size is not None:  # its pixels are compared, whatever files they come from
         splits = {name: part._replace(file_digests=None) for name, part in splits.items()}
     facts = _divide(args, splits, class_names, record)
-    if record is not None:
-        mean, std = record.mean, record.std
-    elif dataset.mean is not None:
-        mean, std = dataset.mean, dataset.std
-    else:
+    normalisation = record or dataset
+    mean, std = normalisation.mean, normalisation.std
+    if mean is None:
         mean, std = channel_statistics(splits["train"].images)
 
     if args.val_only:
@@ -176,14 +174,13 @@ def _check_images(args: Namespace, images: Images) -> None:
         problem = f"{num_classes} class names in place of {expected}"
     if "test" not in images.splits and args.val_split is None:
         problem = "no test split"
-    if "train" not in images.splits and not args.val_only:
-        problem = "no train split"
     for split, (pixels, labels, _) in images.splits.items():
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-            problem = f"{split} images {pixels.dtype} {pixels.shape} in place of uint8 (M, H, W, 3)"
-        elif labels.dtype != np.int64 or labels.shape != pixels.shape[:1] or not labels.size:
-            problem = f"{split} labels {labels.dtype} {labels.shape} in place of int64 ({len(pixels)},)"
-        elif labels.min() < 0 or labels.max() >= num_classes:
+        num, side, *_ = pixels.shape
+        if pixels.dtype != np.uint8 or pixels.shape != (num, side, side, 3):
+            problem = f"{split} images {pixels.dtype} {pixels.shape} in place of uint8 (M, S, S, 3)"
+        elif labels.dtype != np.int64 or labels.shape != (num,):
+            problem = f"{split} labels {labels.dtype} {labels.shape} in place of int64 ({num},)"
+        elif not set(labels.tolist()) <= set(range(num_classes)):
             problem = f"{split} labels from {labels.min()} to {labels.max()} for {num_classes} class names"
     if problem:
         raise UserError(f"the reader of --data_type {args.data_type} returns {problem}")
@@ -250,16 +247,13 @@ def check_same_images(before: DataRecord, now: DataRecord, source) -> None:
 
 def _class_differences(before: list[str], now: list[str]) -> str:
     """In words; empty where the classes are the same in the same order."""
-    missing = [name for name in before if name not in now]
-    new = [name for name in now if name not in before]
-    if not missing and not new:
-        return "" if before == now else "their order"
+    if before == now:
+        return ""
     changes = []
-    if missing:
-        changes.append(f"missing: {first_names(missing)}")
-    if new:
-        changes.append(f"new: {first_names(new)}")
-    return "; ".join(changes)
+    for what, here, there in (("missing", before, now), ("new", now, before)):
+        if names := [name for name in here if name not in there]:
+            changes.append(f"{what}: {first_names(names)}")
+    return "; ".join(changes) or "their order"
 
 
 def build_transform(args: Namespace, num_classes: int) -> Callable | None:

@@ -73,31 +73,24 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     Raises:
         UserError: the folder or one below it cannot be read; names it.
     """
-    images, others = [], []
-    for parent, names in sorted(_walk(folder)):
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            is_hidden = "/." in path.removeprefix(str(folder))
-            is_image = Path(name).suffix.lower() in SUFFIXES
-            (images if is_image and not is_hidden else others).append(path)
-    return images, others
-
-
-def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """The folders at and below `folder`, each once, though links may lead to one again, and the names in them."""
 
     def refuse(e: OSError):
         raise UserError(f"{e.filename} cannot be read ({e.strerror})")
 
-    seen = set()
+    images, others, seen = [], [], set()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         where = os.path.realpath(parent)
-        if where in seen:
+        if where in seen:  # a link leads to it again
             folders.clear()
             continue
         seen.add(where)
         folders.sort()
-        yield parent, names
+        for name in names:
+            path = os.path.join(parent, name)
+            is_hidden = "/." in path.removeprefix(str(folder))
+            is_image = Path(name).suffix.lower() in SUFFIXES
+            (images if is_image and not is_hidden else others).append(path)
+    return sorted(images, key=os.path.split), sorted(others, key=os.path.split)
 
 
 def note_skipped(folder: str | Path, others: list[str]) -> None:

@@ -144,12 +144,9 @@ class Loader:
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """images (M, H, W, 3) uint8 on the CPU -> (M, S, S, 3) uint8: the central square, antialiased bilinear."""
-    height, width = images.shape[1:3]
-    if (height, width) == (size, size):
+    """images (M, R, R, 3) uint8 on the CPU -> (M, S, S, 3) uint8, antialiased bilinear."""
+    if images.shape[1] == size:
         return images
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    images = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2)
+    images = images.permute(0, 3, 1, 2)
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return images.permute(0, 2, 3, 1).contiguous()

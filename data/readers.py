@@ -49,12 +49,11 @@ class Split(NamedTuple):
         and so on, so that classes are as even as the number allows."""
         if limit is None or limit >= len(self.labels):
             return self
-        rank_in_class = np.zeros(len(self.labels), dtype=np.int64)
-        for label in np.unique(self.labels):
-            of_class = self.labels == label
-            rank_in_class[of_class] = np.arange(of_class.sum())
-        order = np.lexsort((self.labels, rank_in_class))  # by rank, then label
-        return self.select(np.sort(order[:limit]))
+        by_class = np.argsort(self.labels, kind="stable")
+        labels = self.labels[by_class]
+        rank_in_class = np.arange(len(labels)) - np.searchsorted(labels, labels)
+        order = np.lexsort((labels, rank_in_class))  # by rank, then label
+        return self.select(np.sort(by_class[order[:limit]]))
 
     def digest(self) -> str:
         """Of sizes and pixels, or of the files where they have digests, of labels, and of their order: 32 hexadecimal
@@ -115,15 +114,14 @@ def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
 def _check_is_cifar(name: str, root: Path, images: Images) -> None:
     """Raises UserError where a folder of classes is not this data set; a test split alone may be another one of its
     classes."""
-    found, expected = {"classes": len(images.class_names)}, {"classes": CIFAR_CLASSES[name]}
+    facts = [("classes", len(images.class_names), CIFAR_CLASSES[name])]
     if "train" in images.splits:
-        found |= {f"{split} images": len(part.labels) for split, part in images.splits.items()}
-        expected |= {f"{split} images": num for split, num in CIFAR_IMAGES.items()}
-    for what, num in expected.items():
-        if found.get(what, 0) != num:
-            raise UserError(
-                f"{root} is not {name}, for it has {found.get(what, 0)} {what}, not {num}; use --data_type folder"
-            )
+        for split, num in CIFAR_IMAGES.items():
+            part = images.splits.get(split)
+            facts.append((f"{split} images", len(part.labels) if part else 0, num))
+    for what, found, expected in facts:
+        if found != expected:
+            raise UserError(f"{root} is not {name}, for it has {found} {what}, not {expected}; use --data_type folder")
 
 
 def read_folder(root: Path, options: ReadOptions) -> Images:
@@ -158,10 +156,10 @@ def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
     """The folders of the splits that are to be read, by name; a line about what lies beside them."""
     if not root.is_dir():
         raise UserError(f"{root} is not a directory: give one to --data_path")
-    found = {split: root / split for split in ("train", "test") if (root / split).is_dir()}
-    for name in reversed(VALIDATION):
+    found = {}
+    for name in ("train", "test", *VALIDATION):
         if (root / name).is_dir():
-            found["val"] = root / name
+            found.setdefault("val" if name in VALIDATION else name, root / name)
     if "test" in found and not _subfolders(found["test"]) and ("val" in found or options.holds_out):
         note(f"{found.pop('test')} holds no folder of images: there is no test split")
     if "val" in found and "test" not in found:
@@ -230,12 +228,13 @@ def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
         with _fetching(archive, {archive: TINY_IMAGENET_MD5}, options.val_only):
             if options.val_only:
                 raise FileNotFoundError
-            from torchvision.datasets.utils import download_url, extract_archive
+            from torchvision.datasets.utils import download_and_extract_archive
 
-            download_url(TINY_IMAGENET_URL, folder.parent, archive.name, TINY_IMAGENET_MD5)
             # Renamed when complete, so that a folder of that name is never half of one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
-                extract_archive(archive, unpacked)
+                download_and_extract_archive(
+                    TINY_IMAGENET_URL, folder.parent, unpacked, archive.name, TINY_IMAGENET_MD5
+                )
                 os.rename(Path(unpacked) / name, folder)
 
     remedy = f"unpack {archive.name} again"
@@ -272,24 +271,21 @@ def _read_annotations(folder: Path, class_ids: list[str], remedy: str) -> tuple[
     except (OSError, ValueError) as e:
         raise UserError(f"{annotations} is damaged ({first_line(e)}): {remedy}") from None
     images, others = list_images(folder / "images")
-    if missing := Counter(files) - Counter(images):
-        number = f" (one of {len(missing)})" if len(missing) > 1 else ""
-        raise UserError(f"{min(missing)} is missing{number}, or listed twice in {annotations}: {remedy}")
-    if unlisted := Counter(images) - Counter(files):
-        raise UserError(f"{min(unlisted)} is not listed in {annotations}: {remedy}")
+    listed, there = Counter(files), Counter(images)
+    if odd := (listed - there) | (there - listed):
+        number = f" (one of {len(odd)})" if len(odd) > 1 else ""
+        raise UserError(f"{min(odd)}{number} must be there, and be listed in {annotations}, once: {remedy}")
     return Samples(files, labels), others
 
 
 def _read_words(path: Path, class_ids: list[str]) -> list[str]:
     """The first name of each class in `words.txt`; its id where there is none."""
-    names = {class_id: class_id for class_id in class_ids}
     content = path.read_text(errors="replace") if path.exists() else ""
+    names = {}
     for line in content.splitlines():
         class_id, _, words = line.partition("\t")
-        first_name = words.split(",")[0]
-        if class_id in names and first_name:
-            names[class_id] = first_name
-    return list(names.values())
+        names[class_id] = words.split(",")[0]
+    return [names.get(class_id) or class_id for class_id in class_ids]
 
 
 def _list_samples(folder: Path, classes: dict[str, list[Path]]) -> tuple[Samples, list[str]]:

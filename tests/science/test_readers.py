@@ -55,8 +55,8 @@ def root(tmp_path, monkeypatch):
 
 
 def digests(images):
-    """Of the training and the test split."""
-    return images.train.digest(), images.test.digest()
+    """Of the splits, by name."""
+    return {name: split.digest() for name, split in images.splits.items()}
 
 
 @pytest.fixture(params=[(3, 24, 40, "jpg", "test"), (11, 32, 32, "png", "val")])
@@ -91,8 +91,8 @@ def test_mean_and_std_are_those_of_the_training_images_of_the_classes_used(folde
     _, val = build("--data_type", "folder", "--data_path", folder, "--classes", "2")
     train, _, _ = readers.read_folder(folder, OPTIONS)
     pixels = train.images[:4] / 255
-    np.testing.assert_allclose(val.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(val.std, pixels.std((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(val.record.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(val.record.std, pixels.std((0, 1, 2)), rtol=1e-6)
 
 
 def test_more_classes_than_there_are_and_a_split_without_images_are_refused(folder):
@@ -135,8 +135,8 @@ def test_tiny_imagenet_is_read_in_order(tiny, root):
 
 def test_tiny_imagenet_has_imagenets_mean_and_std(tiny):
     _, loader = build("--data_type", "tinyimagenet", "--data_path", tiny)
-    assert loader.mean == [0.485, 0.456, 0.406]
-    assert loader.std == [0.229, 0.224, 0.225]
+    assert loader.record.mean == [0.485, 0.456, 0.406]
+    assert loader.record.std == [0.229, 0.224, 0.225]
 
 
 def test_tiny_imagenet_archive_is_unpacked(archive, root):
@@ -280,10 +280,10 @@ def test_cifars_loaders_have_its_names_statistics_and_augmentation(cifar):
     name, pickles, folders = cifar
     for path in (pickles.parent, folders):
         train, _ = build("--data_type", name.lower(), "--data_path", path)
-        assert train.class_names[3] == "name 03"
+        assert train.record.class_names[3] == "name 03"
         assert train.augmentation == "crop"
-        assert train.mean == [0.4914, 0.4822, 0.4465]
-        assert train.std == [0.2023, 0.1994, 0.2010]
+        assert train.record.mean == [0.4914, 0.4822, 0.4465]
+        assert train.record.std == [0.2023, 0.1994, 0.2010]
 
 
 def test_reading_cifar_prints_one_line_for_folders_and_none_for_pickles(cifar, capfd):
