@@ -35,9 +35,8 @@ class FakeLoader:
     """Image i is of one colour, 10 i, and of class i mod 3."""
 
     batch_size, num_samples, epoch = 4, 6, 0
-    record = DataRecord(
-        ["$_$", "n" * 5000, "犬"], [], [], {}
-    )  # names that are not mathtext, long, in a script that the font lacks
+    # names that are not mathtext, long, in a script that the font lacks
+    record = DataRecord(["$_$", "n" * 5000, "犬"], [], [], {})
 
     def __iter__(self):
         for index in torch.arange(6).split(4):
