@@ -255,11 +255,10 @@ def test_images_are_decoded_where_few_threads_may_start(limit, root, monkeypatch
 
 def test_decoding_and_writing_the_cache_hold_the_pixels_once(tmp_path):
     pixels = np.zeros((80, 512, 512, 3), dtype=np.uint8)
-    for part in ("train/a", "test/a"):
-        write(tmp_path / part, pixels[:40])
-    args = main.parse_args(
-        ["--data_type", "folder", "--data_path", str(tmp_path), "--workers", "1", "--image_size", "512"]
-    )
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        write(tmp_path / part, pixels[:20])
+    words = f"--data_type folder --data_path {tmp_path} --workers 1 --image_size 512"
+    args = main.parse_args(words.split())
     tracemalloc.start()
     loaders = data.load_splits(args, "cpu")
     peak = tracemalloc.get_traced_memory()[1]
