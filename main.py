@@ -284,8 +284,9 @@ def check_images(args, checkpoint: Checkpoint | None, record: DataRecord) -> Non
 def headline(args, model: torch.nn.Module, loaders: dict, run: RunRecord) -> str:
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
-    if args.val_split is not None and "test" not in loaders:
+    train, val = loaders["train"], loaders["val"]
+    images = f"{train.num_samples} training and {val.num_samples} validation images of {train.num_classes} classes"
+    if val.record.selects_on_val and "test" not in loaders:
         images += ", no test split"
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {run.starts[-1].device_name}"
@@ -300,7 +301,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
     if predictions is None:
         predictions = predict(model, loaders["val"], args.precision)
     test = None
-    if args.val_split is not None:
+    if loaders["val"].record.selects_on_val:
         test = evaluate_chosen(args, directory.path, logger, model, loaders)
     if not distributed.is_main():
         return
@@ -352,8 +353,8 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
 def evaluate_run(args, given: set[str], device: torch.device) -> None:
     """`--val_only`: evaluate a checkpoint with its own flags, classes, mean and std; print, and write val.json.
 
-    A run with `--val_split` is evaluated on its held-out images; where the data set at hand has others, which may be
-    among those that it was trained on, on the test split.
+    A run that was selected on validation images is evaluated on those; where the data set at hand has others, which may
+    be among those that it was trained on, on the test split.
 
     Args:
         given: the flags of OF_EVALUATION that stand on the command line; the others are the run's.
@@ -379,20 +380,20 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         trained = trained_classifiers(own)
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
-    loaders = load_splits(own, device, run.data, ("val", "test"))
-    # the run's held-out images, unless others lie there now: those may be among the ones that it was trained on
+    loaders = load_splits(own, device, run.data)
+    # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
-    if own.val_split is not None:
+    if run.data.selects_on_val:
         found = loaders["val"].record.splits["val"] if "val" in loaders else None
         if found != run.data.splits["val"]:
             split = "test"
     if split not in loaders:
-        raise UserError(f"{own.data_path} has no test split, and other held-out images than {file} was selected on")
+        raise UserError(f"{own.data_path} has no test split, and other validation images than {file} was selected on")
 
     # the metrics
     loader = loaders[split]
     if distributed.is_main():
-        kind = "test" if own.val_split is None or split == "test" else "held-out training"
+        kind = "validation" if run.data.selects_on_val and split == "val" else "test"
         tell(f"{file}: {loader.num_samples} {kind} images")
     classifiers = evaluate(*predict(model, loader, own.precision), trained)
     if not distributed.is_main():

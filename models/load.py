@@ -21,8 +21,7 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
 
     Returns:
         model, its `temperatures` being the fitted ones where the run had `--val_split`; and a dict with
-        `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `stored_size` (height and width to which image
-        files are brought first), `image_size` (pixels, to which they are then resized), `splits` (number and digest of
+        `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `image_size` (pixels), `splits` (number and digest of
         the images), `args` (the run's flags, a Namespace), `epoch` (from 0), `temperatures` (by classifier, or
         None where none were fitted).
 

@@ -60,7 +60,7 @@ class ReferenceImages(Dataset):
 
     def __init__(self, loader):
         crop = transforms.RandomCrop(loader.image_size, padding=loader.image_size // 8)
-        to_tensor = transforms.ToTensor(), transforms.Normalize(loader.mean, loader.std)
+        to_tensor = transforms.ToTensor(), transforms.Normalize(loader.record.mean, loader.record.std)
         self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
         self.raw_images = list(map(transforms.ToPILImage(), loader.raw_images(torch.arange(loader.num_samples))))
         self.labels = loader.labels.tolist()

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import stored_size
 from data.images import list_images, note_skipped, read_image
 from data.loader import Loader
 from data.readers import Split
@@ -26,6 +27,7 @@ from models.exits import MultiExitResNet, confidence
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
 from utils.flags import number_type, path_type
+from utils.records import DataRecord
 
 BATCH_SIZE = 128
 HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
@@ -99,7 +101,7 @@ def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: fl
     found, pixels = [], []
     for path in paths:
         try:
-            pixels.append(read_image(path, tuple(info["stored_size"])))
+            pixels.append(read_image(path, stored_size(info["args"])))
             found.append(path)
         except UserError as e:
             tqdm.write(f"error: {printable(str(e))}", file=sys.stderr)
@@ -111,7 +113,8 @@ def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: fl
         costs["final"] = backbone  # no exit is computed
     rows = []
     split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that nothing reads
-    for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
+    record = DataRecord(info["class_names"], info["mean"], info["std"], {})
+    for images, _, index in Loader(split, record, info["image_size"], torch.device("cpu")):  # as for validation
         logits, decided_by = model.predict_early(images, threshold)
         for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
             classifier = "final" if number == model.num_stages else f"exit {number}"

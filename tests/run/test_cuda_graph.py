@@ -16,6 +16,7 @@ from models import build_model
 from utils import distributed, engine
 from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
+from utils.records import DataRecord
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Five full batches and a last one of four in each of three epochs; the learning rate drops in the last.
@@ -35,7 +36,7 @@ def parse(words: str):
 def loader(args, device, dtype, **training) -> Loader:
     random, num, size = np.random.RandomState(0), args.limit_train, args.image_size
     split = Split(random.randint(0, 256, (num, size, size, 3), dtype=np.uint8), random.randint(0, 10, num))
-    record = {"class_names": [str(k) for k in range(10)], "mean": [0.5] * 3, "std": [0.25] * 3}
+    record = DataRecord([str(k) for k in range(10)], [0.5] * 3, [0.25] * 3, {})
     images = Loader(split, record, size, device, **training)
     images.scale, images.shift = images.scale.to(dtype), images.shift.to(dtype)
     return images
