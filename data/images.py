@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils import distributed
+from utils import launch
 from utils.errors import UserError, first_line, printable, tell
 from utils.files import write_atomic
 
@@ -96,7 +96,7 @@ def note_skipped(folder: str | Path, others: list[str]) -> None:
 
 @cache  # a process may read a data set more than once
 def _print_note(text: str) -> None:
-    if distributed.is_local_main():
+    if launch.WORLD.is_local_main:
         tell(f"note: {printable(text)}", sys.stderr)
 
 
@@ -227,7 +227,7 @@ def _write_cache(path: Path, keys: dict[str, str], images: Arrays, own_size: Siz
     for name, key in keys.items():
         arrays[f"{name}_key"] = key
     megabytes = sum(part.nbytes for part in images.values()) / 1e6
-    if distributed.is_local_main():
+    if launch.WORLD.is_local_main:
         tell(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
     try:
         write_atomic(path, lambda file: np.savez(file, **arrays))

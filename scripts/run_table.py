@@ -31,7 +31,10 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also under PYTHONSAFEPATH
 from paper import BLOCK_FLAGS, ROOT, table_rows
+
+from utils.parser import Parser
 
 NAMED_FLAGS = {"data_type", "classifier_type", "PSKD", "BYOT", "DML", "seed"}  # in main.py's own name of a run
 SHORT_NAMES = {"BYOT_from_k_block": "k", "num_resnet_blocks": "blocks", "end_epoch": "ep"}
@@ -61,7 +64,6 @@ def plan(rows: list[dict], extra: list[str]) -> tuple[dict[str, Run], argparse.N
     if os.sep in python:
         python = os.path.abspath(python)
     os.chdir(ROOT)  # the runs start there, so relative paths are checked from there
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from main import RUNTIME_FLAGS, build_parser, default_args, default_run_name, parse_args
@@ -191,7 +193,7 @@ def run_all(runs: dict[str, Run], experiments: Path, overwrite: bool, jobs: int,
 
 def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "scripts/table1.sh [ROW...] [--dry-run] [-- FLAG...]"
     parser.add_argument("table", type=int, choices=(1, 2, 3, 4), help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
