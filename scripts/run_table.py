@@ -31,7 +31,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also under PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from paper import BLOCK_FLAGS, ROOT, table_rows
 
 from utils.parser import Parser
