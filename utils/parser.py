@@ -41,7 +41,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if not launch.WORLD.is_local_main:  # what is wrong with flags or machine is wrong for all of its processes
             launch.wait_for_rank_0()
-            self.exit(2)
         super().error(printable(message))
 
     def names(self, *kinds: str) -> set[str]:

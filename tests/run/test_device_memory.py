@@ -1,6 +1,7 @@
 """GPU memory, on emulated GPUs: a GPU that trains a network can also evaluate it."""
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def memory(words: str) -> tuple[int, int]:
 
     def images(num, **training):
         split = Split(np.zeros((num, 32, 32, 3), np.uint8), np.zeros(num, np.int64))
-        record = {"class_names": ["a"] * 100, "mean": [0.5] * 3, "std": [0.25] * 3}
+        record = SimpleNamespace(class_names=["a"] * 100, mean=[0.5] * 3, std=[0.25] * 3)
         return loader.Loader(split, record, 32, device, **training)
 
     gc.collect()

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import main
-from utils import flags, machine
+from utils import machine, parser
 from utils.errors import Interrupted, UserError, print_error, signals_raise, tell
 from utils.files import write_atomic, write_output
 
@@ -74,8 +74,8 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     assert args.experiments_dir == f"{tmp_path}/exp"
     assert args.data_path == f"{tmp_path}/data"
     assert args.resume == f"{tmp_path}/run"
-    assert flags.path_type("~/exp") == tmp_path / "exp"
-    assert flags.path_type("a~") == Path("a~")
+    assert parser.path_type("~/exp") == tmp_path / "exp"
+    assert parser.path_type("a~") == Path("a~")
 
 
 def script(code: str, *, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -214,8 +214,8 @@ def test_the_commit_of_this_code_is_recorded_though_git_is_told_of_another(copie
     assert commit_of_copy(copied) == f"{commit.stdout.strip()} with changes"
 
 
-def test_errors_need_no_torch():
-    code = "import sys\nimport utils.errors\nassert 'torch' not in sys.modules"
+def test_parser_and_errors_need_no_torch():
+    code = "import sys\nimport utils.parser\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
