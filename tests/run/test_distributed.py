@@ -327,19 +327,19 @@ def test_variables_of_torchrun_are_the_world(change, world):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"LOCAL_RANK": ""}, "LOCAL_RANK is"),  # Kubeflow's
-        ({"RANK": "", "LOCAL_RANK": "", "MASTER_ADDR": ""}, "RANK, LOCAL_RANK, MASTER_ADDR is"),
-        ({"RANK": "", "WORLD_SIZE": ""}, "RANK, WORLD_SIZE is"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK"),  # Kubeflow's
+        ({"RANK": "", "LOCAL_RANK": "", "MASTER_ADDR": ""}, "RANK, LOCAL_RANK, MASTER_ADDR"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK, WORLD_SIZE"),
         (
             {"WORLD_SIZE": "x", "MASTER_PORT": "x", "LOCAL_WORLD_SIZE": "-1"},
-            "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT is",
+            "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT",
         ),
-        ({"WORLD_SIZE": "0"}, "RANK, WORLD_SIZE is"),
-        ({"RANK": "2"}, "RANK, WORLD_SIZE is"),
+        ({"WORLD_SIZE": "0"}, "RANK, WORLD_SIZE"),
+        ({"RANK": "2"}, "RANK, WORLD_SIZE"),
     ],
 )
 def test_what_is_missing_or_wrong_of_torchrun_s_variables_is_named(change, named):
-    with pytest.raises(UserError, match=f"^in the environment {named} missing or not valid"):
+    with pytest.raises(UserError, match=f"^in the environment {named} is missing or not valid"):
         launch.read_world(VARIABLES | change)
 
 
