@@ -342,6 +342,7 @@ def test_captured_fp16_step_skips_and_rescales_as_the_eager_one(gpu, tmp_path):
     skipped = [record["skipped_steps"] for record in read_records(run.directory)]
     assert skipped[0] == 5
     assert 5 < sum(skipped) < 15
+    assert "overflowed (fp16): 5\n" in (run.directory / "experiment.log").read_text()
 
 
 def process_group_arguments() -> tuple:

@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROOT
+from helpers import run
 
 import main
 from utils import machine, parser
@@ -164,6 +167,25 @@ def test_signals_that_ask_to_end_interrupt(number):
         os.kill(os.getpid(), number)
     assert interrupted.value.number == number
     assert signal.getsignal(number) is before
+
+
+SCRIPTS = ("benchmark", "draw_method", "plot", "predict", "run_table", "summarize")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["main", *(f"scripts/{name}" for name in SCRIPTS)])
+def test_every_program_finds_its_modules_and_refuses_a_value_that_is_none(program, tmp_path):
+    """PYTHONSAFEPATH leaves the program's folder out of Python's search path."""
+    command = [sys.executable, str(ROOT / f"{program}.py"), "--out=--"]
+    found = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True)
+    assert found.returncode == 2
+    assert found.stderr.endswith(b": error: argument --out: '--' is not a value\n")
+
+
+def test_a_machine_that_starts_no_further_thread_is_told_in_one_line(refused, tmp_path, monkeypatch):
+    message = "can't start new thread"  # Python's
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError(message)))
+    assert "ulimit -u" in refused(run, tmp_path / "run")
 
 
 def test_windows_is_refused_in_one_line(monkeypatch):
