@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from helpers import read_records, run
 from hypothesis import given, settings
@@ -23,7 +22,6 @@ from hypothesis import strategies as st
 import main
 from loss import METHODS
 from models import MODELS
-from utils import flags
 from utils.records import Change, find_changes
 
 WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words of the answer, in this order
@@ -134,12 +132,17 @@ def test_default_args_touch_no_device(monkeypatch):
     assert (defaults.device, defaults.precision, defaults.end_epoch) == ("auto", "auto", 300)
 
 
-def test_a_note_says_that_the_learning_rate_never_drops():
-    def notes(*words):
-        return flags.notes(main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), torch.device("cpu"))
+def test_default_drops_may_change_with_the_length():
+    words = ["--allow_change", "end_epoch"]
+    assert main.parse_args(words).allow_change == ["end_epoch", "lr_decay_schedule"]
+    assert main.parse_args([*words, "--lr_decay_schedule", "150"]).allow_change == ["end_epoch"]
 
-    assert notes() == notes("--end_epoch", "2", "--lr_schedule", "cosine") == []
-    assert "the learning rate never drops" in notes("--end_epoch", "150")[0]
+
+@pytest.mark.parametrize(
+    ("epochs", "drops"), [(300, [150, 225]), (61, [31, 46]), (4, [2, 3]), (3, [2, 3]), (2, [1, 2]), (1, [1])]
+)
+def test_the_learning_rate_drops_at_a_half_and_three_quarters(epochs, drops):
+    assert main.parse_args(["--end_epoch", str(epochs)]).lr_decay_schedule == drops
 
 
 def power(low: float, high: float):

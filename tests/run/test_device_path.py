@@ -300,6 +300,7 @@ def test_a_failed_capture_is_one_line_and_the_run_equals_the_eager_one(gpu, tmp_
     failed = gpu(command, tmp_path / "failed", f"{words} --cuda_graph", "crop", functools.partial(read_in_step, 3))
     eager = gpu(command, tmp_path / "eager", words)
     assert content(failed.directory) == content(eager.directory)
+    assert failed.num_graphs == 1  # and never tried again
     *others, line = failed.errors.splitlines()
     assert others == eager.errors.splitlines()
     assert "the step could not be captured" in line

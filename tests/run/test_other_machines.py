@@ -169,7 +169,7 @@ def test_signals_that_ask_to_end_interrupt(number):
     assert signal.getsignal(number) is before
 
 
-SCRIPTS = ("benchmark", "draw_method", "plot", "predict", "run_table", "summarize")
+SCRIPTS = ("benchmark", "draw_method", "plot", "predict", "summarize", "train_table")
 
 
 @pytest.mark.slow
