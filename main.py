@@ -19,16 +19,17 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 import data
 import loss
 import models
 from data import build_transform, check_same_images, load_splits
 from loss import METHODS, build_objective, trained_classifiers, trained_exits
 from models import build_model
-from utils import distributed, flags
+from utils import distributed, flags, launch
 from utils.calibration import early_exit_curve, fit_temperatures, scaled_metrics
 from utils.checkpoint import BEST, LAST, Checkpoint, find_checkpoint, load_checkpoint, load_states, reading
-from utils.compile import CompiledNetwork
+from utils.compile import Compiled
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
 from utils.errors import (
@@ -44,14 +45,15 @@ from utils.errors import (
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import environment, seed_generators, set_up_torch
+from utils.parser import Parser
 from utils.records import Change, DataRecord, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
 from utils.resume import check_flags, check_length
 from utils.run_directory import RunDirectory
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Every flag, declared by the package that it belongs to."""
-    parser = flags.Parser(
+    parser = Parser(
         prog="main.py",
         usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
@@ -77,10 +79,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     A bad value ends the process with status 2, argparse's usage line and one sentence.
     """
     parser = build_parser()
-    try:
-        distributed.check_environment()
-    except ValueError as e:
-        parser.exit(2, f"main.py: error: {e}\n")
     args = parser.parse_args(argv)
     if args.val_only:
         for name in parser.given(argv) - OF_EVALUATION - {"val_only", "resume"}:
@@ -119,11 +117,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a user error, printed on one line, 2 wrong flags, 128 + n
     after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, 138 SIGUSR1 and 140 SIGUSR2 on Linux)."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        launch.WORLD = launch.read_world(os.environ)
+    except UserError as e:
+        print_error(str(e))
+        return 2
+    launch.end_with_torchrun()
     args = parse_args(argv)
     status = 1
     try:
         with distributed.process_group(args.device) as device, contextlib.ExitStack() as stack:
-            if distributed.is_main():  # the other processes have nothing to save: signals just end them
+            if launch.WORLD.is_main:  # the other processes have nothing to save: signals just end them
                 stack.enter_context(signals_raise())
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
                 status = 2
@@ -140,9 +144,9 @@ def main(argv: list[str] | None = None) -> int:
         message = describe_error(e, args)
         if message is None:
             raise
-    if not distributed.is_main():
-        distributed.wait_for_rank_0()
-        message = f"process {os.environ['RANK']}: {message}"
+    if not launch.WORLD.is_main:
+        launch.wait_for_rank_0()
+        message = f"process {launch.WORLD.rank}: {message}"
     print_error(message)
     return status
 
@@ -168,7 +172,7 @@ def train(args, device: torch.device) -> None:
         # from here on files are written
         run = begin_run(args, device, checkpoint, changes, train_loader.record, directory.path)
         directory.begin(run, checkpoint)
-        logger = Logger(directory.path if distributed.is_main() else None, args.end_epoch)
+        logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
         notes = flags.notes(args, device)
@@ -180,7 +184,7 @@ def train(args, device: torch.device) -> None:
         predictions = None
         for epoch in range(first_epoch, args.end_epoch):
             lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
-            seed_generators(args.seed, epoch, distributed.rank())
+            seed_generators(args.seed, epoch, launch.WORLD.rank)
             network.train()
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
@@ -191,7 +195,7 @@ def train(args, device: torch.device) -> None:
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
-            if distributed.is_main():
+            if launch.WORLD.is_main:
                 val = evaluate(*predictions, trained)
                 record = EpochRecord(epoch, lr, **measured, val=val, alpha_t=objective.alpha_t)
                 record.seconds_validation = time.perf_counter() - start
@@ -215,7 +219,7 @@ def find_start(directory: RunDirectory, args) -> tuple[Checkpoint | None, list[C
     done = len(before.history)
     with reading(file):
         old = experiment_flags(before.args) | {"processes": before.starts[-1].processes}
-        new = experiment_flags(vars(args)) | {"processes": distributed.world_size()}
+        new = experiment_flags(vars(args)) | {"processes": launch.WORLD.size}
         changes = check_flags(file, old, new, experiment_flags(vars(default_args())), args.allow_change)
         check_length(file, done, args.end_epoch)
     if done < args.end_epoch:
@@ -233,7 +237,7 @@ def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
 def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
     """The record of a run with this start, in a directory, and the epochs of its checkpoint."""
     run = RunRecord(vars(args), record)
-    start = Start(0, **environment(device, distributed.world_size()))
+    start = Start(0, **environment(device, launch.WORLD.size))
     if checkpoint:
         before = checkpoint.run
         run.history, run.changes = before.history, before.changes + changes
@@ -261,7 +265,7 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
         load_states(checkpoint, **states)
 
     # the training step
-    network = CompiledNetwork(model) if args.compile else model
+    network = Compiled(model) if args.compile else model
     network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
     transform = build_transform(args, train_loader.num_classes)
     step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
@@ -303,7 +307,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
     test = None
     if loaders["val"].record.selects_on_val:
         test = evaluate_chosen(args, directory.path, logger, model, loaders)
-    if not distributed.is_main():
+    if not launch.WORLD.is_main:
         return
 
     logits, labels = predictions
@@ -334,7 +338,7 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
         load_states(checkpoint, model=model)
         heldout = predict(model, loaders["val"], args.precision)
         test = predict(model, loaders["test"], args.precision) if "test" in loaders else None
-        if not distributed.is_main():
+        if not launch.WORLD.is_main:
             continue
         fitted = fit_temperatures(*heldout, trained)
         if unbounded := [classifier for classifier, temperature in fitted.items() if temperature is None]:
@@ -364,7 +368,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     """
     checkpoint, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(Path(args.resume)))
     file, run = checkpoint.file, checkpoint.run
-    if note and distributed.is_main():
+    if note and launch.WORLD.is_main:
         tell(note)
 
     def fail(message):
@@ -392,11 +396,11 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
 
     # the metrics
     loader = loaders[split]
-    if distributed.is_main():
+    if launch.WORLD.is_main:
         kind = "validation" if run.data.selects_on_val and split == "val" else "test"
         tell(f"{file}: {loader.num_samples} {kind} images")
     classifiers = evaluate(*predict(model, loader, own.precision), trained)
-    if not distributed.is_main():
+    if not launch.WORLD.is_main:
         return
     tell(results_table({f"epoch {checkpoint.epoch + 1}": classifiers}))
     images = {"images": loader.record.splits[split], "images_of_the_run": run.data.splits.get(split)}

@@ -7,7 +7,7 @@ from loss.dml import DML, PublishedDML
 from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
 from models import num_exits
-from utils.flags import add_number, add_switch
+from utils.parser import add_number, add_switch
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.exits import AttentionExit, BottleneckExit, MultiExitResNet, Outputs
 from models.load import load_run
-from utils.flags import add_flag, add_number
+from utils.parser import add_flag, add_number
 
 __all__ = ["ALIASES", "MODELS", "Outputs", "add_flags", "build_model", "check_flags", "load_run", "num_exits"]
 

@@ -26,7 +26,7 @@ from models import load_run
 from models.exits import MultiExitResNet, confidence
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
-from utils.flags import number_type, path_type
+from utils.parser import Parser, number_type, path_type
 from utils.records import DataRecord
 
 BATCH_SIZE = 128
@@ -34,7 +34,7 @@ HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of t
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
     parser.add_argument("images", type=path_type, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
