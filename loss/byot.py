@@ -25,9 +25,14 @@ class BYOT(Term):
         from_block: k, the shallowest exit that is taught, from 1.
     """
 
+    uses_exits = True
+
     def __init__(self, alpha: float, temperature: float, beta: float, from_block: int):
         super().__init__()
         self.alpha, self.tau, self.beta, self.from_block = alpha, temperature, beta, from_block
+
+    def trained_exits(self, num_exits: int) -> range:
+        return range(self.from_block, num_exits + 1)
 
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
         taught = slice(self.from_block - 1, None)

@@ -29,12 +29,14 @@ from data import build_loaders
 from loss import METHODS, build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
+from models.early_exit import multiply_adds
 from utils.compile import CompiledNetwork
 from utils.cuda_graph import GraphedStep
 from utils.distributed import local_device
 from utils.engine import TrainStep, build_optimizer, train_one_epoch
 from utils.flags import number_type
 from utils.machine import environment, set_up_torch
+from utils.records import classifier_names
 
 CONFIGS = {  # name -> flags of main.py; the reference and _nchw keep weights and images in NCHW
     "reference": "--precision=fp32",
@@ -101,8 +103,9 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 def flop_per_image(model: torch.nn.Module, image_size: int) -> int:
     """FLOP of forward and backward: three times the forward's, less the gradient of the images, which nobody needs.
     (PyTorch counts the backward of grouped convolutions wrong.)"""
-    costs, _ = model.multiply_adds(image_size)
-    return 3 * 2 * costs[-1] - 2 * model.conv1.weight.numel() * image_size**2
+    costs, _ = multiply_adds(model, image_size, classifier_names(len(model.stages)))
+    first, *_ = model.parameters()  # of the stem's convolution
+    return 3 * 2 * costs["final"] - 2 * first.numel() * image_size**2
 
 
 def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> dict:
@@ -128,7 +131,7 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
         batches.num_samples = loader.num_samples  # which train_one_epoch reads
         optimizer.param_groups[0]["fused"] = None  # PyTorch's default
         if args.PSKD:
-            objective.targets = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
+            objective.soften = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
     step_type = ReferenceStep if is_reference else TrainStep
     network = CompiledNetwork(model) if args.compile else model
     step = step_type(network, objective, optimizer, device, args.precision, args.compile)
