@@ -24,10 +24,9 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitNetwork, dict]:
         epoch: "last" or "best".
 
     Returns:
-        model; and a dict with `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `stored_size` (height and
-        width to which image files are brought first), `image_size` (pixels, to which they are then resized), `splits`
-        (number and digest of the images), `args` (the run's flags, a Namespace), `epoch` (from 0), `temperatures` (of
-        each classifier that a loss trains, by name; 1 where none were fitted), `is_calibrated` (whether they were).
+        model; and a dict with `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `image_size` (pixels),
+        `data` (these and more, a DataRecord), `args` (the run's flags, a Namespace), `epoch` (from 0), `temperatures`
+        (of each classifier that a loss trains, by name; 1 where none were fitted), `is_calibrated` (whether they were).
 
     Raises:
         UserError: the checkpoint is missing or damaged, or BEST is not of the run's best epoch.
@@ -44,9 +43,9 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitNetwork, dict]:
         model = models.build_model(args, len(run.data.class_names)).eval().to(memory_format=torch.channels_last)
         load_states(checkpoint, model=model)
         temperatures = run.test[epoch].temperatures if run.test else None
-    info = vars(run.data) | {"image_size": args.image_size, "args": args, "epoch": checkpoint.epoch}
+    info = {"image_size": args.image_size, "data": run.data, "args": args, "epoch": checkpoint.epoch}
     info |= {"temperatures": temperatures or dict.fromkeys(run.trained, 1.0), "is_calibrated": temperatures is not None}
-    return model, info
+    return model, vars(run.data) | info
 
 
 def read_weights(path: str) -> tuple[str, dict[str, Tensor]]:

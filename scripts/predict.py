@@ -116,7 +116,7 @@ def classify(model: MultiExitNetwork, info: dict, paths: list[str], threshold: f
     names = classifier_names(len(model.stages))
     rows = []
     split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that nothing reads
-    for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
+    for images, _, index in Loader(split, info["data"], info["image_size"], torch.device("cpu")):  # as for validation
         logits, decided_by = predict_early(model, images, threshold, temperatures)
         for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
             classifier = names[number - 1]

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import build_network, network_images
+from helpers import build_network, near, network_images
 from torch import nn
 
-from models.early_exit import multiply_adds, predict_early
+from models.early_exit import confidence, multiply_adds, predict_early
 from utils.calibration import NEVER
+from utils.metrics import confidence_and_error
 from utils.records import classifier_names
 
 OF_ALL = dict.fromkeys(classifier_names(4), 1.0)  # temperatures
@@ -160,3 +161,11 @@ def test_multiply_adds_are_those_of_all_layers_and_leave_the_network_as_it_was()
     assert on_the_way["final"] == sum(counts)
     assert model.training
     assert model.bn1.num_batches_tracked == 0
+
+
+def test_confidence_below_certainty_stays_below_it():
+    """In float32 it would round to 1, and an exit would decide at threshold 1 that does not in the metrics."""
+    logits = torch.tensor([[20.0, 0.0]])
+    expected, _ = confidence_and_error(logits, torch.tensor([0]), temperature=0.9)
+    assert confidence(logits, 0.9).item() == near(expected.item())
+    assert confidence(logits, 0.9) < 1
