@@ -29,13 +29,10 @@ class BYOT(Term):
 
     def __init__(self, alpha: float, temperature: float, beta: float, from_block: int):
         super().__init__()
-        self.alpha, self.tau, self.beta, self.from_block = alpha, temperature, beta, from_block
-
-    def trained_exits(self, num_exits: int) -> range:
-        return range(self.from_block, num_exits + 1)
+        self.alpha, self.tau, self.beta, self.trains_from = alpha, temperature, beta, from_block
 
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
-        taught = slice(self.from_block - 1, None)
+        taught = slice(self.trains_from - 1, None)
         logits = torch.stack([*outputs.exit_logits[taught], outputs.logits])  # (C, N, K), i = k..B
         features = torch.stack([*outputs.exit_features[taught], outputs.feature])  # (C, N, D)
 

@@ -22,9 +22,7 @@ class DML(Term):
     def __init__(self, on_output: bool = False):
         super().__init__()
         self.on_output = on_output
-
-    def trained_exits(self, num_exits: int) -> range:
-        return range(1, num_exits + 1 if self.on_output else 1)
+        self.trains_from = 1 if on_output else None
 
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
         if self.on_output:

@@ -1,7 +1,5 @@
 """L = L_CE + L_SelfKD + L_DMFL: the sum of the terms that are switched on."""
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,10 +35,7 @@ class Term(Component):
     """
 
     uses_exits = False  # whether the network needs its exits
-
-    def trained_exits(self, num_exits: int) -> Iterable[int]:
-        """The numbers, from 1, of the exits whose classifier gets a gradient from this term."""
-        return ()
+    trains_from: int | None = None  # the first exit whose classifier it trains, and those after it, counted from 1
 
 
 class SoftLabels(Component):
@@ -92,9 +87,8 @@ class Objective(nn.Module):
 
     def trained_classifiers(self, num_exits: int) -> list[str]:
         """The names of the classifiers that a term trains, shallow to deep."""
-        *exits, final = classifier_names(num_exits + 1)
-        trained = {i for term in self.terms for i in term.trained_exits(num_exits)}
-        return [*(name for i, name in enumerate(exits, start=1) if i in trained), final]
+        first = min(term.trains_from or num_exits + 1 for term in self.terms)
+        return classifier_names(num_exits + 1)[first - 1 :]
 
     def _components(self) -> list[Component]:
         return [component for component in (self.soften, *self.terms) if component is not None]

@@ -1,7 +1,6 @@
 """Early exit: images that stop at the first exit which is confident enough, and what that costs."""
 
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 
 import torch
 from torch import Tensor
@@ -29,24 +28,31 @@ def predict_early(
         logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
         final classifier.
     """
-    deciding = temperatures if threshold < NEVER else {}
     logits = images.new_zeros(len(images), model.fc.out_features, dtype=model.fc.weight.dtype)
-    decided_by = torch.full((len(images),), len(model.stages), device=images.device)
+    decided_by = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     remaining = torch.arange(len(images), device=images.device)
-    x = model.stem(images)
-    for i, stage in enumerate(model.stages, start=1):
-        x = stage(x)
-        name = f"exit {i}"
-        if name in deciding:
-            exit_logits, _ = model.exits[i - 1](x)
-            stop = confidence(exit_logits, deciding[name]) >= threshold
-            logits[remaining[stop]], decided_by[remaining[stop]] = exit_logits[stop], i
-            if stop.all():
-                return logits, decided_by
-            if stop.any():
-                x, remaining = x[~stop], remaining[~stop]
-    logits[remaining], _ = classify(model.fc, x)
+    classifiers = _classifiers(model, images, temperatures if threshold < NEVER else ["final"])
+    go_on = None
+    while len(remaining):
+        number, name, found = classifiers.send(go_on)
+        stop = (confidence(found, temperatures[name]) >= threshold) | (name == "final")
+        logits[remaining[stop]], decided_by[remaining[stop]] = found[stop], number
+        go_on = ~stop
+        remaining = remaining[go_on]
     return logits, decided_by
+
+
+def _classifiers(model: MultiExitNetwork, images: Tensor, deciding: Collection[str]) -> Generator:
+    """Gives number, name and logits of each classifier that may decide, shallow to deep, and computes nothing beyond it
+    until it is asked for the next, with a mask (N,) of the images that go on, or None for all."""
+    x = model.stem(images)
+    for i, name in enumerate(classifier_names(len(model.stages))):
+        x = model.stages[i](x)
+        if name in deciding:
+            logits, _ = classify(model.fc, x) if name == "final" else model.exits[i](x)
+            go_on = yield i + 1, name, logits
+            if go_on is not None:
+                x = x[go_on]
 
 
 def confidence(logits: Tensor, temperature: float) -> Tensor:
@@ -59,6 +65,7 @@ def multiply_adds(model: MultiExitNetwork, image_size: int, deciding: Collection
     """Multiply-adds of convolutions and linear layers per image of `image_size` pixels, counted while one runs.
 
     Args:
+        model: in evaluation mode.
         deciding: the names of the classifiers that may decide.
 
     Returns:
@@ -66,22 +73,9 @@ def multiply_adds(model: MultiExitNetwork, image_size: int, deciding: Collection
         the backbone with the final classifier alone.
     """
     image = torch.zeros(1, 3, image_size, image_size, device=model.fc.weight.device, dtype=model.fc.weight.dtype)
-    was_training = model.training
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    model.train(was_training)
-    counts = Counter()  # by a module's name, "" being the network's
-    for path, by_operation in counter.get_flop_counts().items():
-        counts[path.partition(".")[2]] = sum(by_operation.values()) // 2
-    exits = [f"exits.{i}" for i in range(len(model.stages) - 1)]  # 0 where the network has none
 
-    backbone = counts[""] - sum(counts[path] for path in exits)
-    done = backbone - sum(counts[path] for path in (*model.stage_names, "fc"))  # by the stem
-    totals = {}
-    classifiers = zip(model.stage_names, [*exits, "fc"], classifier_names(len(model.stages)), strict=True)
-    for stage, classifier, name in classifiers:
-        done += counts[stage]
-        if name in deciding:
-            done += counts[classifier]
-            totals[name] = done
-    return totals, backbone
+    def count(names: Collection[str]) -> dict[str, int]:
+        with FlopCounterMode(display=False) as counter:
+            return {name: counter.get_total_flops() // 2 for _, name, _ in _classifiers(model, image, names)}
+
+    return count(deciding), count(["final"])["final"]

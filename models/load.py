@@ -62,8 +62,6 @@ def read_weights(path: str) -> tuple[str, dict[str, Tensor]]:
         content = file.read_bytes()
         entries = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         tensors = {name: entry for name, entry in entries.get("model", entries).items() if torch.is_tensor(entry)}
-        if not tensors:
-            raise ValueError("no tensor has a name")
     except Exception as e:  # unpickling a foreign file can raise anything
         raise UserError(f"{file} holds no weights ({first_line(e)})") from None
     return hashlib.sha256(content).hexdigest()[:16], tensors
@@ -83,5 +81,4 @@ def load_weights(model: nn.Module, path: str) -> str:
         raise UserError(f"{path}: none of its {len(found)} tensors has name and shape of one of this network's")
     model.load_state_dict(own | taken)
     rest = dict.fromkeys(name.partition(".")[0] for name in own if name not in taken)
-    kept = f"; initial weights in {', '.join(rest)}" if rest else ""
-    return f"{len(taken)} of {len(own)} tensors are from {path}{kept}"
+    return f"{len(taken)} of {len(own)} tensors are from {path}; initial weights in: {', '.join(rest) or 'none'}"

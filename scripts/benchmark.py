@@ -103,7 +103,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 def flop_per_image(model: torch.nn.Module, image_size: int) -> int:
     """FLOP of forward and backward: three times the forward's, less the gradient of the images, which nobody needs.
     (PyTorch counts the backward of grouped convolutions wrong.)"""
-    costs, _ = multiply_adds(model, image_size, classifier_names(len(model.stages)))
+    costs, _ = multiply_adds(model.eval(), image_size, classifier_names(len(model.stages)))
     first, *_ = model.parameters()  # of the stem's convolution
     return 3 * 2 * costs["final"] - 2 * first.numel() * image_size**2
 
