@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT
-from helpers import ALL, read, read_records, run, val_only
+from helpers import AGREEMENT, ALL, read, read_records, run, split_cells, val_only
 
 import main
 from models import build_model
@@ -149,6 +149,19 @@ def test_files_and_flags_exist(page):
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"--([\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]+)", text)) <= known
+
+
+def test_agreement_table_prints_the_bounds_of_its_tests():
+    pages = README + (ROOT / "loss/README.md").read_text()  # the table is on one of them
+    section = pages.partition("\n## Agreement with the published script\n")[2].partition("\n## ")[0]
+    figures = {}
+    for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)[2:]:
+        evidence, differences, tests = split_cells(line)
+        figures[evidence.partition(" (")[0]] = [float(figure) for figure in re.findall(r"[\d.]+e-\d+", differences)]
+        file, *names = re.findall("`(.+?)`", tests)
+        code = (ROOT / file).read_text()
+        assert all(f"\ndef {name}(" in code for name in names), tests
+    assert figures == AGREEMENT
 
 
 def test_readme_is_short():
