@@ -24,8 +24,9 @@ import data
 import loss
 import models
 from data import build_transform, check_same_images, load_splits
-from loss import METHODS, build_objective, trained_classifiers, trained_exits
-from models import build_model
+from loss import METHODS, build_objective
+from models import build_model, load_weights
+from models.early_exit import multiply_adds
 from utils import distributed, flags, launch
 from utils.calibration import early_exit_curve, fit_temperatures, scaled_metrics
 from utils.checkpoint import BEST, LAST, Checkpoint, find_checkpoint, load_checkpoint, load_states, reading
@@ -67,7 +68,8 @@ def build_parser() -> Parser:
     return parser
 
 
-RUNTIME_FLAGS = build_parser().names("runtime", "machine")  # all others define the experiment
+# All others define the experiment; `exits` follows from them.
+RUNTIME_FLAGS = build_parser().names("runtime", "machine") | {"exits"}
 PER_MACHINE = build_parser().names("machine")  # in which the processes of one run may differ
 # Beside --val_only --resume RUN, flags that say where and how to compute; all others are the run's.
 OF_EVALUATION = {"data_path", "device", "precision", "workers", "experiments_dir", "run_name", "limit_val"}
@@ -167,7 +169,7 @@ def train(args, device: torch.device) -> None:
 
         model, network, step, states = build_training(args, device, train_loader, checkpoint)
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
-        trained = trained_classifiers(args)
+        trained = objective.trained_classifiers(len(model.exits))
 
         # from here on files are written
         run = begin_run(args, device, checkpoint, changes, train_loader.record, directory.path)
@@ -197,7 +199,7 @@ def train(args, device: torch.device) -> None:
             predictions = predict(model, val_loader, args.precision)
             if launch.WORLD.is_main:
                 val = evaluate(*predictions, trained)
-                record = EpochRecord(epoch, lr, **measured, val=val, alpha_t=objective.alpha_t)
+                record = EpochRecord(epoch, lr, **measured, val=val, alpha_t=getattr(objective.soften, "alpha_t", None))
                 record.seconds_validation = time.perf_counter() - start
                 record.seconds_saving = directory.seconds_saving
                 directory.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
@@ -259,6 +261,10 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     # network, loss and optimiser
     model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
+    if args.weights is not None:
+        line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
+        if distributed.is_main() and checkpoint is None:
+            tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
     states = {"model": model, "objective": objective, "optimizer": optimizer}
     if checkpoint:
@@ -266,7 +272,9 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
 
     # the training step
     network = Compiled(model) if args.compile else model
-    network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
+    num_exits = len(model.exits)
+    all_used = len(objective.trained_classifiers(num_exits)) == num_exits + 1
+    network = distributed.wrap(network, device, args.sync_bn, all_used)
     transform = build_transform(args, train_loader.num_classes)
     step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
     states["scaler"] = step.scaler  # of fp16
@@ -327,7 +335,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
 def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> dict[str, TestRecord]:
     """Of the last and the best epoch, which the held-out images chose: temperatures and early exit, fitted on the same
     images, and the test split's metrics, if there is one. Complete in rank 0."""
-    trained, found = trained_classifiers(args), {}
+    found = {}
     for name, file in (("last", path / LAST), ("best", path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.broadcast_from_rank_0(
@@ -340,6 +348,7 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
         test = predict(model, loaders["test"], args.precision) if "test" in loaders else None
         if not launch.WORLD.is_main:
             continue
+        trained = checkpoint.run.trained
         fitted = fit_temperatures(*heldout, trained)
         if unbounded := [classifier for classifier, temperature in fitted.items() if temperature is None]:
             logger.info(f"note: {name} epoch: no temperature fits {', '.join(unbounded)} on the held-out images: T = 1")
@@ -348,7 +357,7 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
             record.metrics = evaluate(*test, trained)
             record.calibrated = scaled_metrics(*test, record.temperatures)
         if len(trained) > 1:
-            costs, backbone = model.multiply_adds(args.image_size, record.temperatures)
+            costs, backbone = multiply_adds(model, args.image_size, record.temperatures)
             record.early_exit = early_exit_curve(heldout, test, record.temperatures, costs, backbone)
         found[name] = record
     return found
@@ -381,7 +390,6 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         flags.check_machine(own, fail)
         model = build_model(own, len(run.data.class_names))
         load_states(checkpoint, model=model)
-        trained = trained_classifiers(own)
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
     loaders = load_splits(own, device, run.data)
@@ -399,7 +407,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     if launch.WORLD.is_main:
         kind = "validation" if run.data.selects_on_val and split == "val" else "test"
         tell(f"{file}: {loader.num_samples} {kind} images")
-    classifiers = evaluate(*predict(model, loader, own.precision), trained)
+    classifiers = evaluate(*predict(model, loader, own.precision), run.trained)
     if not launch.WORLD.is_main:
         return
     tell(results_table({f"epoch {checkpoint.epoch + 1}": classifiers}))

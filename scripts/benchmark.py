@@ -111,7 +111,7 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
         batches.num_samples = loader.num_samples  # which train_one_epoch reads
         optimizer.param_groups[0]["fused"] = None  # PyTorch's default
         if args.PSKD:
-            objective.targets = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
+            objective.soften = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
     step_type = ReferenceStep if is_reference else TrainStep
     network = Compiled(model) if args.compile else model
     step = step_type(network, objective, optimizer, device, args.precision, args.compile)

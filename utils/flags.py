@@ -166,7 +166,7 @@ def check_machine(args: argparse.Namespace, fail) -> None:
 
 def _check_paths(args: argparse.Namespace, fail) -> None:
     """Names and locations of files."""
-    for name in ("run_name", "experiments_dir", "data_path", "resume"):
+    for name in ("run_name", "experiments_dir", "data_path", "resume", "weights"):
         value = getattr(args, name) or ""
         if not value.isprintable():  # control characters, or bytes that are no UTF-8, which TensorBoard cannot take
             fail(f"argument --{name}: {value!r} has characters that cannot be printed")

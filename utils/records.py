@@ -142,6 +142,11 @@ class RunRecord:
     test: dict[str, TestRecord] | None = None  # `last`, `best`; of a finished run with --val_split
     finished: bool = False
 
+    @property
+    def trained(self) -> list[str]:
+        """The names of the classifiers that a loss trains, shallow to deep."""
+        return [name for name in self.history[-1].val if name != "ensemble"]
+
 
 def to_json(value):
     """A record as dicts, lists and plain values. Fields that are None are left out, since None is their default."""

@@ -164,7 +164,7 @@ def test_an_epoch_equals_the_loop_written_out(precision, transform):
         expected = reference.train_one_epoch(Batches(order))
         assert result["train"] == pytest.approx(expected, rel=1e-6)
         assert ("skipped_steps" in result) == (precision == "fp16")
-        assert not step.objective.targets.seen.any()  # the objective was told that the epoch ended
+        assert not step.objective.soften.seen.any()  # the objective was told that the epoch ended
         assert_identical(step.model.state_dict(), reference.model.state_dict())
         assert_identical(step.objective.state_dict(), reference.objective.state_dict())
 
@@ -197,7 +197,7 @@ def test_a_skipped_step_keeps_its_loss_and_predictions():
     means = engine.train_one_epoch(step, Batches())["train"]
     assert 0 < means["loss"] < inf
     assert 0 < means["byot_hint"] < inf
-    memory = step.objective.targets.memory
+    memory = step.objective.soften.memory
     torch.testing.assert_close(memory.sum(dim=1), torch.ones(8))
     assert engine.first_nonfinite(step.model, means) is None
 

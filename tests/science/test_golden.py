@@ -63,7 +63,7 @@ def objective_with_past(*words: str, alpha_T="0.37"):
     with PS-KD, told the golden bank as past."""
     objective = build_objective(flags(*words, "--alpha_T", alpha_T, "--end_epoch", "2"), 8, 100).double()
     if "--PSKD" in words:
-        objective.targets.memory.copy_(LOSSES["in_bank"])
+        objective.soften.memory.copy_(LOSSES["in_bank"])
     objective.set_epoch(1)
     return objective
 
@@ -195,13 +195,13 @@ OUTPUTS = Outputs(LOSSES["in_outputs"], feature=None)
 def test_progressive_targets_and_memory(number):
     alpha = LOSSES["soft_alphas"][number].item()
     [bound] = AGREEMENT["prediction memory"]
-    targets = objective_with_past("--PSKD", alpha_T=str(alpha)).targets
+    targets = objective_with_past("--PSKD", alpha_T=str(alpha)).soften
     assert_close(targets(OUTPUTS, LABELS, INDEX), LOSSES["soft_targets"][number], bound)
     assert_close(targets.memory, LOSSES["bank_after_step"], bound)
 
 
 def test_progressive_targets_of_the_first_epoch():
-    targets = objective_with_past("--PSKD").targets
+    targets = objective_with_past("--PSKD").soften
     targets.set_epoch(0)
     golden = LOSSES["soft_targets_epoch0_alpha0.37"]
     assert torch.equal(targets(OUTPUTS, LABELS, INDEX), golden)
@@ -213,7 +213,7 @@ def test_alpha_t_of_every_epoch(epochs):
     [bound] = AGREEMENT["learning rate and alpha_t of every epoch"]
     for epoch, golden in enumerate(LOSSES[f"schedule_alpha_t_end{epochs}"]):
         objective.set_epoch(epoch)
-        assert objective.alpha_t == pytest.approx(golden.item(), rel=bound, abs=0)
+        assert objective.soften.alpha_t == pytest.approx(golden.item(), rel=bound, abs=0)
     assert epoch == epochs - 1
 
 

@@ -121,7 +121,7 @@ def train(args) -> dict:
     for name in ("top1", "top5"):
         found[f"val_{name}"] = [100 - val[f"{name}_error"] for val in epochs]
     if args.PSKD:
-        found["memory_norm"], found["memory_probe"] = norm_and_probe("memory", objective.targets.memory)
+        found["memory_norm"], found["memory_probe"] = norm_and_probe("memory", objective.soften.memory)
     return found
 
 
