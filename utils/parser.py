@@ -49,8 +49,9 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, argv: list[str] | None) -> set[str]:
         """The flags that stand on a command line."""
-        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
-        return {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None}
+        unset = dict.fromkeys(action.dest for action in self._actions)
+        parsed = vars(self.parse_args(argv, argparse.Namespace(**unset)))
+        return {name for name in unset if parsed[name] is not None}
 
 
 def number_type(kind: type, low, high):

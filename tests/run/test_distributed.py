@@ -33,7 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import main
 from data import build_loaders
-from loss import build_objective, trained_exits
+from loss import build_objective
 from models import build_model
 from utils import distributed, launch
 from utils.compile import Compiled
@@ -106,7 +106,8 @@ def epoch_of_steps(flags: str, compile: bool = False) -> dict:
     if args.PSKD:
         fill_memory(objective)
     network = Compiled(model) if compile else model
-    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all(trained_exits(args)))
+    all_used = len(objective.trained_classifiers(3)) == 4
+    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all_used)
     step = TrainStep(network, objective, build_optimizer(args, model), CPU, "fp32", compile)
     train = train_one_epoch(step, loader)["train"]
     parameters = dict(model.named_parameters())
