@@ -19,6 +19,7 @@ them; each network and data set has a panel.
 import argparse
 import json
 import signal
+import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -27,14 +28,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs
 from paper import ROOT
-from runs import CLASSIFIERS, COLUMNS, DAMAGED, Group, Run, change_text, load, path_type
+from runs import CLASSIFIERS, COLUMNS, DAMAGED, Group, Run, change_text, load
 from tables import difference_cells
 
 from utils import figures
 from utils.errors import UserError, print_error, printable, run_command
 from utils.metrics import confidence_and_error
+from utils.parser import Parser, path_type
 
 BASE = "baseline"  # its label; black, solid and thick in all figures
 # Nine colours, so that the ten settings of a study have one each: Paul Tol's "muted" scheme, distinguishable by the
@@ -121,7 +125,9 @@ def early_exit(axis, found: list[tuple[np.ndarray, np.ndarray | None]], **line) 
     for _, chosen in found:
         if chosen is not None:
             axis.plot(*chosen, marker="x", markersize=6, color=line["color"])
-    text = "MACs (multiply-adds) per image, % of the backbone's\ncrosses: each run's threshold, chosen on held-out images"
+    text = (
+        "MACs (multiply-adds) per image, % of the backbone's\ncrosses: each run's threshold, chosen on held-out images"
+    )
     axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
 
 
@@ -191,7 +197,9 @@ def draw_differences(Figure, groups: list[Group]):
                 is_decided = cell.half_width is not None and abs(cell.mean) > cell.half_width
                 fill = "#332288" if is_decided else "white"
                 axis.errorbar(cell.mean, y, xerr=cell.half_width, fmt="o", color="#332288", markerfacecolor=fill)
-    text = "Difference from the baseline of the same seed: mean and 95 % interval (Student's t, variance pooled over the"
+    text = (
+        "Difference from the baseline of the same seed: mean and 95 % interval (Student's t, variance pooled over the"
+    )
     add_caption(figure, f"{text} settings), filled where it leaves out 0.", [pairs.group for pairs in paired])
     return figure
 
@@ -264,7 +272,7 @@ def plot(paths: list[Path], out: Path, only: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "run directories, directories that hold some, or study files (default: the repository's experiments)"
     parser.add_argument("runs", nargs="*", type=path_type, default=[ROOT / "experiments"], metavar="RUNS", help=text)
     text = "(default: %(default)s)"

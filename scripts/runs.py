@@ -317,7 +317,9 @@ def name_groups(groups: list[list[Run]]) -> list[Group]:
         words = sorted(change_text(change) for change in added if change not in common)
         for other in together:  # which may differ in its training images alone
             if (other.network, other.methods, other.changes) == (first.network, first.methods, first.changes):
-                words += [f"{name} {text}" for name, text in first.images.items() if other.images.get(name, text) != text]
+                words += [
+                    f"{name} {text}" for name, text in first.images.items() if other.images.get(name, text) != text
+                ]
         label = ", ".join(dict.fromkeys([setting.name.replace("_", " "), *words]))
         runs = sorted(runs, key=lambda run: run.seed)
         named.append(Group(runs, setting, printable(label), data, common))
@@ -347,8 +349,3 @@ def nearest_setting(run: Run) -> Setting:
         if methods == run.methods and setting.flags.items() <= run.flags.items():
             fitting.append(setting)
     return max(fitting, key=lambda setting: len(setting.flags))
-
-
-def path_type(text: str) -> Path:
-    """An argparse type: a path in which `~` is expanded, as shells do not after `=`."""
-    return Path(os.path.expanduser(text))

@@ -10,15 +10,18 @@ reason.
 import argparse
 import json
 import signal
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs
 from paper import BLOCK_FLAGS, PUBLISHED, ROOT, SETTINGS, table_rows
-from runs import CLASSIFIERS, COLUMNS, LIMITS, TIMES, Column, Group, Run, Skipped, change_text, load, path_type
+from runs import CLASSIFIERS, COLUMNS, LIMITS, TIMES, Column, Group, Run, Skipped, change_text, load
 from tables import FORMATS, Table, difference_cells, mean_cells
 
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
+from utils.parser import Parser, path_type
 from utils.records import SHOWN
 
 PAPER_DATA = PUBLISHED["table1"]["dataset"]
@@ -52,9 +55,7 @@ def find_published(group: Group, row: dict) -> dict | None:
     return {} if others else row
 
 
-def data_tables(
-    groups: list[Group], number: str | None, columns: dict[str, Column]
-) -> tuple[list[Table], list[str]]:
+def data_tables(groups: list[Group], number: str | None, columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
     """The tables of groups on one data set: the paper's, or the one of this number, and that of all other groups; and
     what the paper says of those that have published values."""
     tables, notes, rest = [], [], list(groups)
@@ -178,7 +179,7 @@ def export(file: Path, groups: list[Group], skipped: list[Skipped]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     text = "directories of runs, or exported files (default: the repository's experiments)"
     add("runs", nargs="*", type=path_type, default=[ROOT / "experiments"], metavar="RUNS", help=text)

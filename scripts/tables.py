@@ -9,8 +9,6 @@ from typing import NamedTuple
 from intervals import Intervals, Pairs, differences, paired_intervals
 from runs import COLUMNS, Column, Run
 
-from utils.errors import printable
-
 MISSING = "—"
 LATEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},

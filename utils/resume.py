@@ -5,7 +5,8 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.records import Change, find_changes
 
-MAY_CHANGE = ("end_epoch", "precision", "processes")  # between two starts of a run, with --allow_change
+# Between two starts of a run, with --allow_change.
+MAY_CHANGE = ("end_epoch", "lr_decay_schedule", "precision", "processes")
 
 
 def check_flags(file: Path, before: dict, now: dict, defaults: dict, allowed: list[str]) -> list[Change]:
@@ -25,6 +26,7 @@ def check_flags(file: Path, before: dict, now: dict, defaults: dict, allowed: li
     if not refused:
         return changes
     remedy = "give the same ones, another --run_name, or --overwrite to start over"
+    remedy += f"; --weights {file} in place of --resume starts anew from its weights"
     names = [change.name for change in refused]
     if set(names) <= set(MAY_CHANGE):
         remedy += f" (--allow_change {' '.join(names)} continues all the same and records it)"
