@@ -65,15 +65,15 @@ def paired_intervals(differences: list[list[float]]) -> Intervals:
 
 
 class Pairs(NamedTuple):
-    """A group beside a base."""
+    """Those runs of a group that have a partner of the same seed in the base, and their partners."""
 
     group: Group
-    pairs: list[tuple[Run, Run]]  # a run, and the base's of its seed
+    partners: list[Run]
 
 
 def pair_runs(base: str, groups: list[Group]) -> tuple[list[Pairs], list[str]]:
-    """Groups beside the one labelled `base` of the same network on the same images; and a line for each that has runs
-    without such a base."""
+    """Groups beside the one labelled `base` of the same network on the same images; and a line for each run without
+    such a partner."""
     bases = {}
     for group in groups:
         if group.label == base:
@@ -82,32 +82,32 @@ def pair_runs(base: str, groups: list[Group]) -> tuple[list[Pairs], list[str]]:
     for group in groups:
         if group.label == base:
             continue
-        pairs = []
-        unpaired: dict[str, list[int]] = {}  # reason -> seeds
+        found = {}  # seed -> run, partner
         for run in group.runs:
-            of_base = bases.get((group.data, run.network, run.seed))
-            if of_base is None:
-                unpaired.setdefault(f"no {base} of its network, data and seed", []).append(run.seed)
-            elif others := other_splits(run, of_base):
-                unpaired.setdefault(f"its {base} has other {', '.join(others)} images", []).append(run.seed)
+            partner = bases.get((group.data, run.network, run.seed))
+            if partner is None:
+                left_out.append(f"{group.label}, seed {run.seed} (no {base} of its network, data and seed)")
+            elif others := other_splits(run, partner):
+                left_out.append(f"{group.label}, seed {run.seed} (its {base} has other {others} images)")
             else:
-                pairs.append((run, of_base))
-        if pairs:
-            paired.append(Pairs(group, pairs))
-        for reason, seeds in unpaired.items():
-            left_out.append(f"{group.label}, seed {' '.join(map(str, seeds))} ({reason})")
+                found[run.seed] = run, partner
+        if found:
+            runs, partners = map(list, zip(*found.values(), strict=True))
+            paired.append(Pairs(group._replace(runs=runs), partners))
     return paired, left_out
 
 
-def differences(paired: Pairs, column: Column) -> list[float] | None:
-    """Of each pair, the run's number minus the base's; None where one is missing, or where it is a time and several
+def differences(pairs: Pairs, column: Column) -> list[float] | None:
+    """Of each pair, the run's number minus the partner's; None where one is missing, or where it is a time and several
     machines were used. A base without exits is its own early exit: its error, at 100 % of its cost."""
-    found, machines = [], set()
-    for run, base in paired.pairs:
-        whole = {("early exit", "multiply_adds"): 100, ("early exit", "top1_error"): base.values["final", "top1_error"]}
-        number, of_base = run.values.get(column.value), (whole | base.values).get(column.value)
-        if number is None or of_base is None:
+    runs = [*pairs.group.runs, *pairs.partners]
+    if column.is_time and len(set().union(*(run.machines for run in runs))) > 1:
+        return None
+    found = []
+    for run, partner in zip(pairs.group.runs, pairs.partners, strict=True):
+        whole = {("early exit", "multiply_adds"): 100, ("early exit", "top1_error"): partner.values["final", "top1_error"]}
+        number, of_partner = run.values.get(column.value), (whole | partner.values).get(column.value)
+        if number is None or of_partner is None:
             return None
-        found.append(number - of_base)
-        machines |= run.machines | base.machines
-    return None if column.is_time and len(machines) > 1 else found
+        found.append(number - of_partner)
+    return found

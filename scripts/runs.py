@@ -16,13 +16,14 @@ sys.path.insert(0, str(ROOT))
 from utils.errors import printable
 from utils.records import METRICS, Change, EpochRecord, SplitRecord, Start, TestRecord, find_changes, from_json
 
-PAPER = PUBLISHED["setting"]  # the flags that are not off
 METHODS = ("PSKD", "BYOT", "DML")
+NO_METHOD = dict.fromkeys(METHODS, False)
+PAPER = PUBLISHED["setting"] | NO_METHOD | {"processes": "1"}  # BatchNorm is per process; other flags are off
 LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
 # Network and methods vary within the paper's tables.
 NOT_COMPARED = {*METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
 # Entries of config.json that are no flags.
-FACTS = {"data", "starts", "changes", "runtime", *(field.name for field in dataclasses.fields(Start))}
+FACTS = {"data", "starts", "changes", *(field.name for field in dataclasses.fields(Start))}
 CLASSIFIERS = ("exit 1", "exit 2", "exit 3", "final", "ensemble")
 TIMES = ("seconds_per_epoch", "hours")
 LARGEST = 1e100  # no number that is measured: its square would be infinite
@@ -50,12 +51,10 @@ def _metric_column(name: str, after: str = "") -> Column:
 # Every number that a table may show. T: each classifier's temperature, p: its norm, both fitted on held-out images.
 COLUMNS = {name: _metric_column(name) for name in METRICS}
 COLUMNS |= {f"{name}_after_T": _metric_column(name, "_after_T") for name in ("nll", "ece", "brier", "adaptive_ece")}
+COLUMNS |= {name: Column(f"{name} err (%)", 2, (name, "top1_error")) for name in CLASSIFIERS}
 COLUMNS |= {
     "augrc_pnorm": Column("AUGRC of pNorm (x 1000)", 2, ("final", "augrc_pnorm")),
     "pnorm_p": Column("p of pNorm", 1, ("final", "pnorm_p")),
-}
-COLUMNS |= {name: Column(f"{name} err (%)", 2, (name, "top1_error")) for name in CLASSIFIERS}
-COLUMNS |= {
     # At the threshold chosen for the final classifier's accuracy less 0.5 points; 100 % is the backbone.
     "early_exit": Column("early exit (% MACs)", 1, ("early exit", "multiply_adds")),
     "early_exit_error": Column("early exit err (%)", 2, ("early exit", "top1_error")),
@@ -81,20 +80,12 @@ class Skipped(NamedTuple):
         return f"{self.source.name} ({self.reason})"
 
 
-class Setting(NamedTuple):
-    """A setting of the study (paper.SETTINGS)."""
-
-    name: str
-    words: str
-    flags: dict  # that are not the paper's
-
-
 class Run(NamedTuple):
     """The last or best epoch of a finished run."""
 
     source: Source
     name: str
-    config: dict
+    config: dict  # without flags that define no experiment
     results: dict
     flags: dict  # that define the experiment
     seed: int
@@ -102,8 +93,8 @@ class Run(NamedTuple):
     methods: tuple[str, ...]
     changes: list[Change]  # from the paper's setting
     data: str  # the data set, such as "cifar100, classes 20"
-    images: dict[str, str]  # what its record says of them and all seeds share, such as "test digest": "0a1b"
     splits: dict[str, SplitRecord]
+    images: dict[str, str]  # split -> what its record says of it and all seeds share
     starts: list[Start]
     values: dict[tuple[str, str], float]  # (classifier, metric); also ("early exit", ...) and ("times", ...)
     early_exit: dict | None  # of the test split
@@ -112,13 +103,21 @@ class Run(NamedTuple):
     def machines(self) -> set[str]:
         return {start.device_name for start in self.starts}
 
+    @property
+    def test_images(self) -> str:
+        return f"test {self.images.get('test', 'images not recorded')}"
+
+    @property
+    def row(self) -> tuple:
+        """What it has in common with runs whose images alone may differ."""
+        return self.data, self.test_images, self.network, self.methods, self.changes
+
 
 class Group(NamedTuple):
     """Runs that differ in the seed alone, in its order."""
 
     runs: list[Run]
-    setting: Setting  # the nearest
-    label: str  # its name, and what else differs between groups on the same data
+    label: str  # methods, or the study's name of a setting, and what else differs between groups on the same data
     data: str
     common: list[Change]  # from the paper's setting, in all groups on the same data
 
@@ -157,36 +156,45 @@ def read_run(source: Source, which: str) -> Run:
         name, config, results = line.get("name", source.name), line["config"], line["results"]
     if results["status"] != "finished":
         raise ValueError(f"{results['status']}, {results['epochs']} of {config['end_epoch']} epochs")
-    flags = {name: value for name, value in config.items() if name not in FACTS.union(config.get("runtime", ()))}
-    if type(flags["seed"]) is not int:
-        raise ValueError(f"seed is {flags['seed']!r}")
+    runtime = {"runtime", *config.get("runtime", ())}
+    config = {key: value for key, value in config.items() if key not in runtime}
+    flags = PAPER | {key: value for key, value in config.items() if key not in FACTS}
+    methods = tuple(method for method in METHODS if flags[method])
     starts = from_json(list[Start], config["starts"])
-    flags = PAPER | flags
+    flags["processes"] = " and ".join(sorted({str(start.processes) for start in starts}))
+    compared = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
 
     # Without held-out images, validation is the test split.
-    has_held_out = bool(flags.get("val_split"))
-    data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags.get(limit))])
-    epoch = from_json(EpochRecord, results[which])
-    test = from_json(dict[str, TestRecord], results.get("test", {})).get(which)
-    block = TestRecord(epoch.epoch, {}, epoch.val)
-    if has_held_out and test is not None and test.metrics is not None:
-        block = test
-    elif has_held_out:
-        data += ", no test split: held-out images"
     splits = from_json(dict[str, SplitRecord], config["data"].get("splits", {}))
+    selects_on_val = bool(flags.get("val_split")) or "test" in splits
+    data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags.get(limit))])
+    images = {}
+    for split, record in splits.items():
+        images[split] = f"images {record.images}"
+        if not (flags.get("val_split") and split in ("train", "val")):  # which the seed draws
+            images[split] += f", digest {record.digest[:12]}"
+    epoch = from_json(EpochRecord, results[which])
+    block = TestRecord(epoch.epoch, {}, epoch.val)
+    test = from_json(dict[str, TestRecord], results.get("test", {})).get(which)
+    if test is not None and test.metrics is not None:
+        block = test
+    elif selects_on_val:
+        data += ", no test split: held-out images"
+    elif "val" in images:
+        images["test"] = images.pop("val")
     return Run(
         source=source,
         name=name,
         config=config,
         results=results,
         flags=flags,
-        seed=flags["seed"],
-        network=flags["classifier_type"],
-        methods=tuple(method for method in METHODS if flags.get(method)),
-        changes=paper_changes(flags, starts, from_json(list[Change], config["changes"])),
+        seed=from_json(int, flags["seed"]),
+        network=from_json(str, flags["classifier_type"]),
+        methods=methods,
+        changes=find_changes(PAPER, compared, PAPER) + from_json(list[Change], config["changes"]),
         data=data,
-        images=image_facts(config["data"], splits, has_held_out),
         splits=splits,
+        images=images,
         starts=starts,
         values=read_values(block, results),
         early_exit=block.early_exit,
@@ -195,7 +203,7 @@ def read_run(source: Source, which: str) -> Run:
 
 def read_json(file: Path):
     if not file.is_file():  # a pipe could be read for ever
-        raise ValueError(f"{file.name} is no file" if file.exists() else f"no {file.name}")
+        raise ValueError(f"no file {file.name}")
     return json.loads(file.read_text())
 
 
@@ -203,15 +211,11 @@ def read_values(block: TestRecord, results: dict) -> dict[tuple[str, str], float
     """Every number of a run.
 
     Raises:
-        ValueError: one is missing, or not finite.
+        One of DAMAGED: one is not finite, or no number.
     """
-    if "final" not in block.metrics:
-        raise ValueError("no final classifier")
     values = {("times", name): results[name] for name in TIMES if name in results}
     for classifier, metrics in block.metrics.items():
-        for name, value in metrics.items():
-            if value is not None or name != "auroc_failure":  # null where all predictions are right, or all wrong
-                values[classifier, name] = value
+        values |= {(classifier, name): value for name, value in metrics.items() if value is not None}
         values[classifier, "accuracy"] = 100 - metrics["top1_error"]
     for classifier, metrics in (block.calibrated or {}).items():
         for name, value in metrics.items():
@@ -224,18 +228,9 @@ def read_values(block: TestRecord, results: dict) -> dict[tuple[str, str], float
     for (owner, name), value in values.items():
         if value is None or not abs(value) < LARGEST:
             raise ValueError(f"{name} of {owner} is {value!r}")
+    if ("final", "top1_error") not in values:
+        raise ValueError("no final classifier")
     return values
-
-
-def paper_changes(flags: dict, starts: list[Start], on_resume: list[Change]) -> list[Change]:
-    """In what a run is not the paper's: flags, flags that changed on resume, and several processes, because BatchNorm
-    is per process."""
-    compared = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
-    changes = find_changes(PAPER, compared, PAPER) + on_resume
-    processes = sorted({start.processes for start in starts})
-    if processes != [1]:
-        changes.append(Change("processes", 1, " and ".join(map(str, processes))))
-    return changes
 
 
 def change_text(change: Change) -> str:
@@ -244,42 +239,15 @@ def change_text(change: Change) -> str:
     return f"{change.name} {change.after}"
 
 
-def image_facts(data: dict, splits: dict[str, SplitRecord], has_held_out: bool) -> dict[str, str]:
-    """What a data record says of a run's images, by name, without what the seed draws: which of the training images
-    are held out, and the means measured on the others."""
-    facts = {}
-    if not has_held_out:
-        for name in ("mean", "std"):
-            facts[name] = " ".join(f"{value:.6g}" for value in data[name])
-    if not splits:
-        facts["test images"] = "not recorded"
-    for name, split in splits.items():
-        name = "test" if name == "val" and not has_held_out else name
-        facts[f"{name} images"] = str(split.images)
-        if not has_held_out or name in ("test", "train_and_val"):
-            facts[f"{name} digest"] = split.digest[:12]
-    return facts
-
-
-def other_splits(run: Run, other: Run) -> list[str]:
-    """The splits in which the images of two runs of one seed differ."""
-    return sorted(name for name in run.splits.keys() & other.splits.keys() if run.splits[name] != other.splits[name])
-
-
-def is_same_setting(run: Run, other: Run) -> bool:
-    """Older runs do not say from which images theirs are held out."""
-    names = {*run.images, *other.images}
-    if not all("train_and_val digest" in r.images for r in (run, other)):
-        names -= {"train_and_val images", "train_and_val digest"}
-    if any(run.images.get(name) != other.images.get(name) for name in names):
-        return False
-    return all(getattr(run, name) == getattr(other, name) for name in ("data", "network", "methods", "changes"))
+def other_splits(run: Run, other: Run) -> str:
+    """The names of the splits in which the images of two runs of one seed differ."""
+    return ", ".join(name for name, split in run.splits.items() if other.splits.get(name, split) != split)
 
 
 def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
     """The finished runs in groups, those on one data set together; and those that are left out."""
     sources, skipped = find_sources(paths)
-    groups: list[list[Run]] = []
+    by_setting: dict[str, dict[int, Run]] = {}  # row and images -> seed -> run
     for source in sources:
         try:
             run = read_run(source, which)
@@ -287,18 +255,14 @@ def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
             reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
             skipped.append(Skipped(source, reason))
             continue
-        of_setting = [group for group in groups if all(is_same_setting(run, other) for other in group)]
-        if not of_setting:
-            groups.append([run])
+        used = by_setting.setdefault(f"{run.row} {run.images}", {}).setdefault(run.seed, run)
+        if used is run:
             continue
-        used = [other for other in of_setting[0] if other.seed == run.seed]
-        if not used:
-            of_setting[0].append(run)
-            continue
-        reason = f"the same flags and seed as {used[0].source.name}, which is used"
-        if others := other_splits(run, used[0]):
-            reason += f", but with other {', '.join(others)} images"
+        reason = f"the same flags and seed as {used.source.name}, which is used"
+        if others := other_splits(run, used):
+            reason += f", but with other {others} images"
         skipped.append(Skipped(source, reason, is_duplicate=True))
+    groups = [[runs[seed] for seed in sorted(runs)] for runs in by_setting.values()]
     return name_groups(groups), skipped
 
 
@@ -308,44 +272,23 @@ def name_groups(groups: list[list[Run]]) -> list[Group]:
     for runs in groups:
         first = runs[0]
         on_data = [other for other, *_ in groups if other.data == first.data]
-        together = [other for other in on_data if test_split(other) == test_split(first)]
-        data = first.data if together == on_data else f"{first.data} ({test_split(first)})"
+        together = [other for other in on_data if other.test_images == first.test_images]
+        data = first.data if len(together) == len(on_data) else f"{first.data} ({first.test_images})"
         common = [change for change in first.changes if all(change in other.changes for other in together)]
 
-        setting = nearest_setting(first)
-        added = [change for change in first.changes if change.name not in setting.flags or change.epoch is not None]
-        words = sorted(change_text(change) for change in added if change not in common)
-        for other in together:  # which may differ in its training images alone
-            if (other.network, other.methods, other.changes) == (first.network, first.methods, first.changes):
-                words += [
-                    f"{name} {text}" for name, text in first.images.items() if other.images.get(name, text) != text
-                ]
-        label = ", ".join(dict.fromkeys([setting.name.replace("_", " "), *words]))
-        runs = sorted(runs, key=lambda run: run.seed)
-        named.append(Group(runs, setting, printable(label), data, common))
+        name = setting_name(first)
+        said = [*common, *find_changes(PAPER, PAPER | SETTINGS[name], PAPER)]
+        words = [name.replace("_", " "), *sorted(change_text(change) for change in first.changes if change not in said)]
+        for other in together:
+            if other.row == first.row:
+                words += [f"{key} {text}" for key, text in first.images.items() if other.images.get(key) != text]
+        named.append(Group(runs, printable(", ".join(dict.fromkeys(words))), data, common))
     return sorted(named, key=lambda g: (g.data, len(g.runs[0].methods), "+".join(g.runs[0].methods), g.label))
 
 
-def test_split(run: Run) -> str:
-    return ", ".join(f"{name} {text}" for name, text in run.images.items() if name.startswith("test "))
-
-
-def study_settings() -> list[Setting]:
-    settings = []
-    for name, words, text in SETTINGS:
-        flags = {}
-        for part in text.split("--")[1:]:
-            flag, *value = part.split()
-            flags[flag] = json.loads(*value) if value else True
-        settings.append(Setting(name, words, flags))
-    return settings
-
-
-def nearest_setting(run: Run) -> Setting:
-    """Of the settings with the run's methods, the one that has most of its other flags."""
-    fitting = []
-    for setting in study_settings():
-        methods = tuple(method for method in METHODS if method in setting.flags)
-        if methods == run.methods and setting.flags.items() <= run.flags.items():
-            fitting.append(setting)
-    return max(fitting, key=lambda setting: len(setting.flags))
+def setting_name(run: Run) -> str:
+    """Of the study's settings with the run's methods, the one that has most of its other flags."""
+    methods = dict.fromkeys(run.methods, True)
+    flags = run.flags | NO_METHOD | methods
+    fitting = [name for name, setting in SETTINGS.items() if (NO_METHOD | setting).items() <= flags.items()]
+    return max(fitting, key=lambda name: len(SETTINGS[name]))

@@ -1,7 +1,6 @@
 """Tables of runs: rows of words and numbers, and their text as markdown, CSV or LaTeX."""
 
 import csv
-import io
 import statistics
 import sys
 from typing import NamedTuple
@@ -85,16 +84,21 @@ def fixed(value: float, decimals: int, sign: str = "") -> str:
     return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
 
 
-def mean_cells(runs: list[Run], columns: dict[str, Column], published: dict | None = None) -> dict[str, Mean | None]:
-    """None where a run lacks the number, or where it is a time and several machines were used."""
+def mean_cells(
+    runs: list[Run], names: list[str], classifier: str = "final", published: dict | None = None
+) -> dict[str, Mean | None]:
+    """Of columns by their names, with this classifier's metrics in place of the final's; None where a run lacks the
+    number, or where it is a time and several machines were used."""
     machines = set().union(*(run.machines for run in runs))
     cells = {}
-    for key, column in columns.items():
-        values = [run.values.get(column.value) for run in runs]
+    for name in names:
+        column = COLUMNS[name]
+        owner, metric = column.value
+        values = [run.values.get((classifier if owner == "final" else owner, metric)) for run in runs]
         if None in values or (column.is_time and len(machines) > 1):
-            cells[key] = None
+            cells[name] = None
         else:
-            cells[key] = Mean(column, statistics.mean(values), deviation(values), (published or {}).get(key))
+            cells[name] = Mean(column, statistics.mean(values), deviation(values), (published or {}).get(name))
     return cells
 
 
@@ -108,11 +112,16 @@ def difference_cells(
     found = [differences(pairs, column) for pairs in paired]
     having = [values for values in found if values]
     intervals = paired_intervals(having)
-    half_widths = intervals.half_widths
-    if not pooled:
-        half_widths = [paired_intervals([values]).half_widths[0] for values in having]
-    rest = iter(half_widths)
-    cells = [Difference(column, statistics.mean(v), deviation(v), next(rest)) if v else None for v in found]
+    half_widths = iter(intervals.half_widths)
+    cells = []
+    for values in found:
+        if values is None:
+            cells.append(None)
+            continue
+        half_width = next(half_widths)
+        if not pooled:
+            (half_width,) = paired_intervals([values]).half_widths
+        cells.append(Difference(column, statistics.mean(values), deviation(values), half_width))
     return cells, intervals
 
 
@@ -120,22 +129,14 @@ def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def shown_keys(table: Table) -> list[str]:
-    """Of the columns that are not empty, in order."""
-    return [key for key in table.rows[0] if any(row[key] for row in table.rows)]
-
-
 def text_rows(table: Table) -> list[list[str]]:
-    """The heading and a row of text for each row."""
-    keys = shown_keys(table)
+    """The heading and a row of text for each row, without empty columns."""
+    keys = [key for key in table.rows[0] if any(row[key] for row in table.rows)]
     rows = [[COLUMNS[key].heading if key in COLUMNS else key for key in keys]]
     for row in table.rows:
-        rows.append([MISSING if row[key] is None else cell_text(row[key]) for key in keys])
+        cells = [row[key] or MISSING for key in keys]
+        rows.append([cell if isinstance(cell, str) else cell.text() for cell in cells])
     return rows
-
-
-def cell_text(cell: str | Mean | Difference) -> str:
-    return cell if isinstance(cell, str) else cell.text()
 
 
 def print_markdown(tables: list[Table], notes: list[str]) -> None:
@@ -171,23 +172,19 @@ def latex(text: str) -> str:
 
 def print_csv(tables: list[Table], notes: list[str]) -> None:
     """One table of all rows; notes go to standard error."""
-    rows = []
+    lines = []
     for table in tables:
         for row in table.rows:
-            fields = {"table": table.title}
-            for key in row:
-                if isinstance(row[key], str):
-                    fields[key] = row[key]
-                elif row[key] is not None:
-                    numbers = row[key].numbers()
-                    fields |= {key + part: None if n is None else f"{n:.6g}" for part, n in numbers.items()}
-            rows.append(fields)
-    file = io.StringIO()
-    names = dict.fromkeys(name for fields in rows for name in fields)
-    writer = csv.DictWriter(file, names, lineterminator="\n")
+            line = {"table": table.title}
+            for key, cell in row.items():
+                if isinstance(cell, str):
+                    line[key] = cell
+                elif cell is not None:
+                    line |= {key + part: f"{number:.6g}" for part, number in cell.numbers().items() if number is not None}
+            lines.append(line)
+    writer = csv.DictWriter(sys.stdout, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    print(file.getvalue(), end="")
+    writer.writerows(lines)
     for note in notes:
         print(note, file=sys.stderr)
 

@@ -40,9 +40,11 @@ RUNNER = ROOT / "scripts" / "run_commands.py"
 
 def find_rows(table: str) -> list[tuple[str, list[str]]]:
     """Of each row, its network, or in the study its setting; and its flags."""
-    if table == "study":
-        return [(name, flags.split()) for name, _, flags in SETTINGS]
     rows = []
+    if table == "study":
+        for name, setting in SETTINGS.items():
+            rows.append((name, [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in setting.items()]))
+        return rows
     for row in table_rows(int(table)):
         methods = [f"--{method}" for method in row["methods"]]
         blocks = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]]
