@@ -35,31 +35,28 @@ class Column(NamedTuple):
 
     heading: str
     decimals: int
-    value: tuple[str, str]  # its key in `Run.values`
-
-    @property
-    def is_time(self) -> bool:
-        return self.value[0] == "times"
+    owner: str  # a classifier, "early exit" or "times"; with `metric` the key in `Run.values`
+    metric: str
 
 
 def _metric_column(name: str, after: str = "") -> Column:
     metric = METRICS[name]
     heading = f"{metric.heading}{after.replace('_', ' ')} ({metric.unit})".removesuffix(" ()")
-    return Column(heading, metric.decimals, ("final", name + after))
+    return Column(heading, metric.decimals, "final", name + after)
 
 
 # Every number that a table may show. T: each classifier's temperature, p: its norm, both fitted on held-out images.
 COLUMNS = {name: _metric_column(name) for name in METRICS}
 COLUMNS |= {f"{name}_after_T": _metric_column(name, "_after_T") for name in ("nll", "ece", "brier", "adaptive_ece")}
-COLUMNS |= {name: Column(f"{name} err (%)", 2, (name, "top1_error")) for name in CLASSIFIERS}
+COLUMNS |= {name: Column(f"{name} err (%)", 2, name, "top1_error") for name in CLASSIFIERS}
 COLUMNS |= {
-    "augrc_pnorm": Column("AUGRC of pNorm (x 1000)", 2, ("final", "augrc_pnorm")),
-    "pnorm_p": Column("p of pNorm", 1, ("final", "pnorm_p")),
+    "augrc_pnorm": Column("AUGRC of pNorm (x 1000)", 2, "final", "augrc_pnorm"),
+    "pnorm_p": Column("p of pNorm", 1, "final", "pnorm_p"),
     # At the threshold chosen for the final classifier's accuracy less 0.5 points; 100 % is the backbone.
-    "early_exit": Column("early exit (% MACs)", 1, ("early exit", "multiply_adds")),
-    "early_exit_error": Column("early exit err (%)", 2, ("early exit", "top1_error")),
-    "seconds_per_epoch": Column("s/epoch", 1, ("times", "seconds_per_epoch")),
-    "hours": Column("hours", 2, ("times", "hours")),
+    "early_exit": Column("early exit (% MACs)", 1, "early exit", "multiply_adds"),
+    "early_exit_error": Column("early exit err (%)", 2, "early exit", "top1_error"),
+    "seconds_per_epoch": Column("s/epoch", 1, "times", "seconds_per_epoch"),
+    "hours": Column("hours", 2, "times", "hours"),
 }
 
 
@@ -91,6 +88,7 @@ class Run(NamedTuple):
     seed: int
     network: str
     methods: tuple[str, ...]
+    setting: str  # of the study's with these methods, the one that has most of its other flags
     changes: list[Change]  # from the paper's setting
     data: str  # the data set, such as "cifar100, classes 20"
     splits: dict[str, SplitRecord]
@@ -98,10 +96,6 @@ class Run(NamedTuple):
     starts: list[Start]
     values: dict[tuple[str, str], float]  # (classifier, metric); also ("early exit", ...) and ("times", ...)
     early_exit: dict | None  # of the test split
-
-    @property
-    def machines(self) -> set[str]:
-        return {start.device_name for start in self.starts}
 
     @property
     def test_images(self) -> str:
@@ -162,6 +156,7 @@ def read_run(source: Source, which: str) -> Run:
     methods = tuple(method for method in METHODS if flags[method])
     starts = from_json(list[Start], config["starts"])
     flags["processes"] = " and ".join(sorted({str(start.processes) for start in starts}))
+    fitting = [name for name, setting in SETTINGS.items() if (NO_METHOD | setting).items() <= flags.items()]
     compared = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
 
     # Without held-out images, validation is the test split.
@@ -191,6 +186,7 @@ def read_run(source: Source, which: str) -> Run:
         seed=from_json(int, flags["seed"]),
         network=from_json(str, flags["classifier_type"]),
         methods=methods,
+        setting=max(fitting, key=lambda name: len(SETTINGS[name])),
         changes=find_changes(PAPER, compared, PAPER) + from_json(list[Change], config["changes"]),
         data=data,
         splits=splits,
@@ -228,8 +224,6 @@ def read_values(block: TestRecord, results: dict) -> dict[tuple[str, str], float
     for (owner, name), value in values.items():
         if value is None or not abs(value) < LARGEST:
             raise ValueError(f"{name} of {owner} is {value!r}")
-    if ("final", "top1_error") not in values:
-        raise ValueError("no final classifier")
     return values
 
 
@@ -237,11 +231,6 @@ def change_text(change: Change) -> str:
     if change.epoch is not None:
         return f"changed {change} after epoch {change.epoch}"
     return f"{change.name} {change.after}"
-
-
-def other_splits(run: Run, other: Run) -> str:
-    """The names of the splits in which the images of two runs of one seed differ."""
-    return ", ".join(name for name, split in run.splits.items() if other.splits.get(name, split) != split)
 
 
 def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
@@ -256,12 +245,9 @@ def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
             skipped.append(Skipped(source, reason))
             continue
         used = by_setting.setdefault(f"{run.row} {run.images}", {}).setdefault(run.seed, run)
-        if used is run:
-            continue
-        reason = f"the same flags and seed as {used.source.name}, which is used"
-        if others := other_splits(run, used):
-            reason += f", but with other {others} images"
-        skipped.append(Skipped(source, reason, is_duplicate=True))
+        if used is not run:
+            reason = f"the same flags and seed as {used.source.name}, which is used"
+            skipped.append(Skipped(source, reason, is_duplicate=True))
     groups = [[runs[seed] for seed in sorted(runs)] for runs in by_setting.values()]
     return name_groups(groups), skipped
 
@@ -276,19 +262,19 @@ def name_groups(groups: list[list[Run]]) -> list[Group]:
         data = first.data if len(together) == len(on_data) else f"{first.data} ({first.test_images})"
         common = [change for change in first.changes if all(change in other.changes for other in together)]
 
-        name = setting_name(first)
-        said = [*common, *find_changes(PAPER, PAPER | SETTINGS[name], PAPER)]
-        words = [name.replace("_", " "), *sorted(change_text(change) for change in first.changes if change not in said)]
+        said = [*common, *find_changes(PAPER, PAPER | SETTINGS[first.setting], PAPER)]
+        words = sorted(change_text(change) for change in first.changes if change not in said)
         for other in together:
             if other.row == first.row:
                 words += [f"{key} {text}" for key, text in first.images.items() if other.images.get(key) != text]
-        named.append(Group(runs, printable(", ".join(dict.fromkeys(words))), data, common))
+        label = ", ".join([first.setting.replace("_", " "), *dict.fromkeys(words)])
+        named.append(Group(runs, printable(label), printable(data), common))
     return sorted(named, key=lambda g: (g.data, len(g.runs[0].methods), "+".join(g.runs[0].methods), g.label))
 
 
-def setting_name(run: Run) -> str:
-    """Of the study's settings with the run's methods, the one that has most of its other flags."""
-    methods = dict.fromkeys(run.methods, True)
-    flags = run.flags | NO_METHOD | methods
-    fitting = [name for name, setting in SETTINGS.items() if (NO_METHOD | setting).items() <= flags.items()]
-    return max(fitting, key=lambda name: len(SETTINGS[name]))
+def numbers(runs: list[Run], column: Column, classifier: str | None = None) -> list[float] | None:
+    """A number of each run, of this classifier or the column's own; None where one lacks it, or where it is a time and
+    several machines were used."""
+    machines = {start.device_name for run in runs for start in run.starts}
+    found = [run.values.get((classifier or column.owner, column.metric)) for run in runs]
+    return None if None in found or (column.owner == "times" and len(machines) > 1) else found

@@ -75,19 +75,18 @@ def mean_tables(groups: list[Group], numbers: str, metrics: list[str] | None) ->
 
 def classifier_tables(groups: list[Group], columns: list[str]) -> tuple[list[Table], list[str]]:
     """A row for each trained classifier of each group, with the metrics that every classifier has."""
-    columns = [name for name in columns if COLUMNS[name].value[0] == "final"]
+    columns = [name for name in columns if COLUMNS[name].owner == "final"]
     rows = []
     for group in groups:
         for classifier in CLASSIFIERS:
-            if (classifier, "top1_error") in group.runs[0].values:
-                cells = mean_cells(group.runs, columns, classifier)
+            cells = mean_cells(group.runs, columns, classifier)
+            if any(cells.values()):
                 rows.append({"classifier": classifier, **labels(group), **cells})
     return [Table(f"Every classifier: {groups[0].data}", rows)], []
 
 
 def paired_tables(base: str, groups: list[Group], columns: list[str], pooled: bool) -> tuple[list[Table], list[str]]:
     """A table of differences from `base` for each network, and notes on their intervals."""
-    variance = "pooled over the settings, which share the base's runs" if pooled else "of each setting's own seeds"
     all_paired, left_out = pair_runs(base, groups)
     tables, notes = [], [f"not paired: {line}" for line in left_out]
     data = groups[0].data
@@ -100,20 +99,17 @@ def paired_tables(base: str, groups: list[Group], columns: list[str], pooled: bo
             for row, cell in zip(rows, cells, strict=True):
                 row[name] = cell
             if intervals.num_settings:
-                settings = count(intervals.num_settings, "setting")
-                rest_on.append(f"{settings}, {intervals.degrees_of_freedom:.1f} degrees of freedom")
+                rest_on.append(f"settings: {intervals.num_settings}, degrees of freedom: {intervals.degrees_of_freedom:.1f}")
         tables.append(Table(f"Differences from {base}, paired by seed: {data}", rows))
         if rest_on:
-            words = "; ".join(dict.fromkeys(rest_on)) if pooled else "n - 1 degrees of freedom"
+            variance = "of each setting's own seeds (degrees of freedom: n - 1)"
+            if pooled:
+                variance = f"pooled over the settings, which share the base's runs ({'; '.join(dict.fromkeys(rest_on))})"
             notes.append(
-                "in brackets: 95 % interval of the mean difference (Student's t), with * where it leaves out 0; the"
-                f" variance of paired differences is {variance} ({network}, {data}: {words})"
+                f"{network}, {data}: in brackets: 95 % interval of the mean difference (Student's t), with * where it"
+                f" leaves out 0; the variance of paired differences is {variance}"
             )
     return tables, notes
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def export(file: Path, groups: list[Group], skipped: list[Skipped]) -> None:
@@ -153,9 +149,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.unpooled and not args.pairs:
         parser.error("argument --unpooled: has no effect without --pairs")
-    for path in args.runs:
-        if not path.exists():
-            parser.error(f"{path} does not exist")
     return args
 
 
@@ -167,7 +160,7 @@ def summarize(args: argparse.Namespace) -> None:
     runs = [run for group in groups for run in group.runs]
     starts = [start for run in runs for start in run.starts]
     machines = sorted({f"{start.device_name}, torch {start.torch}, commit {start.git_commit}" for start in starts})
-    notes = [f"{count(len(runs), 'run')}, {which} epoch, made on {'; '.join(machines)}"]
+    notes = [f"runs: {len(runs)}, {which} epoch, made on {'; '.join(machines)}"]
     notes += [f"left out: {run}" for run in skipped]
     tables = []
     for data in dict.fromkeys(group.data for group in groups):
@@ -180,7 +173,7 @@ def summarize(args: argparse.Namespace) -> None:
             found = classifier_tables(on_data, args.metrics or DEFAULT)
         else:
             found = mean_tables(on_data, args.table or "1234", args.metrics)
-        tables += [table._replace(title=printable(table.title)) for table in found[0] if table.rows]
+        tables += [table for table in found[0] if table.rows]
         notes += found[1]
     if args.pairs and not tables:
         known = dict.fromkeys(group.label for group in groups)

@@ -6,7 +6,7 @@ import sys
 from typing import NamedTuple
 
 from intervals import Intervals, Pairs, differences, paired_intervals
-from runs import COLUMNS, Column, Run
+from runs import COLUMNS, Column, Run, numbers
 
 MISSING = "—"
 LATEX = {
@@ -37,15 +37,11 @@ class Mean(NamedTuple):
             text += f" ± {self.sd:.{decimals}f}"
         if self.published is None:
             return text
-        if self.column.is_time:  # of another machine
+        if self.column.owner == "times":  # of another machine
             return f"{text} ({self.published:.2f})"
         difference = self.mean - self.published
         mark = "*" if self.sd is not None and abs(difference) > 2 * self.sd else ""
         return f"{text} ({self.published:.2f}, {fixed(difference, decimals, '+')}{mark})"
-
-    def numbers(self) -> dict[str, float | None]:
-        difference = None if self.published is None else self.mean - self.published
-        return {"": self.mean, " sd": self.sd, " published": self.published, " difference": difference}
 
 
 class Difference(NamedTuple):
@@ -58,20 +54,12 @@ class Difference(NamedTuple):
 
     def text(self) -> str:
         """Such as `-1.50 [-2.10, -0.90]*`, with * where the interval leaves out 0."""
-        ends = [self.mean, *self.interval()]
-        mean, *interval = [fixed(value, self.column.decimals, "+") for value in ends]
-        if not interval:
-            return mean
+        if self.half_width is None:
+            return fixed(self.mean, self.column.decimals, "+")
+        ends = (self.mean, self.mean - self.half_width, self.mean + self.half_width)
+        mean, low, high = (fixed(value, self.column.decimals, "+") for value in ends)
         mark = "*" if abs(self.mean) > self.half_width else ""
-        return f"{mean} [{', '.join(interval)}]{mark}"
-
-    def interval(self) -> list[float]:
-        """Its ends; empty for a single run."""
-        return [] if self.half_width is None else [self.mean - self.half_width, self.mean + self.half_width]
-
-    def numbers(self) -> dict[str, float | None]:
-        low, high = self.interval() or (None, None)
-        return {"": self.mean, " sd": self.sd, " low": low, " high": high}
+        return f"{mean} [{low}, {high}]{mark}"
 
 
 class Table(NamedTuple):
@@ -85,20 +73,14 @@ def fixed(value: float, decimals: int, sign: str = "") -> str:
 
 
 def mean_cells(
-    runs: list[Run], names: list[str], classifier: str = "final", published: dict | None = None
+    runs: list[Run], names: list[str], classifier: str | None = None, published: dict | None = None
 ) -> dict[str, Mean | None]:
-    """Of columns by their names, with this classifier's metrics in place of the final's; None where a run lacks the
-    number, or where it is a time and several machines were used."""
-    machines = set().union(*(run.machines for run in runs))
+    """Of columns by their names, or None where `numbers` is."""
     cells = {}
     for name in names:
-        column = COLUMNS[name]
-        owner, metric = column.value
-        values = [run.values.get((classifier if owner == "final" else owner, metric)) for run in runs]
-        if None in values or (column.is_time and len(machines) > 1):
-            cells[name] = None
-        else:
-            cells[name] = Mean(column, statistics.mean(values), deviation(values), (published or {}).get(name))
+        values = numbers(runs, COLUMNS[name], classifier)
+        of_paper = (published or {}).get(name)
+        cells[name] = values and Mean(COLUMNS[name], statistics.mean(values), deviation(values), of_paper)
     return cells
 
 
@@ -110,18 +92,12 @@ def difference_cells(
     pooled: their variance is that of all groups' differences, or else of each group's own.
     """
     found = [differences(pairs, column) for pairs in paired]
-    having = [values for values in found if values]
-    intervals = paired_intervals(having)
-    half_widths = iter(intervals.half_widths)
+    intervals = paired_intervals(found)
     cells = []
-    for values in found:
-        if values is None:
-            cells.append(None)
-            continue
-        half_width = next(half_widths)
-        if not pooled:
+    for values, half_width in zip(found, intervals.half_widths, strict=True):
+        if values and not pooled:
             (half_width,) = paired_intervals([values]).half_widths
-        cells.append(Difference(column, statistics.mean(values), deviation(values), half_width))
+        cells.append(values and Difference(column, statistics.mean(values), deviation(values), half_width))
     return cells, intervals
 
 
@@ -180,7 +156,8 @@ def print_csv(tables: list[Table], notes: list[str]) -> None:
                 if isinstance(cell, str):
                     line[key] = cell
                 elif cell is not None:
-                    line |= {key + part: f"{number:.6g}" for part, number in cell.numbers().items() if number is not None}
+                    _, *parts = cell._fields  # without the column
+                    line |= {f"{key} {part}".removesuffix(" mean"): getattr(cell, part) for part in parts}
             lines.append(line)
     writer = csv.DictWriter(sys.stdout, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
     writer.writeheader()
