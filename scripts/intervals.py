@@ -5,7 +5,7 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
-from runs import Column, Group, Run, numbers
+from runs import Group, Run
 
 
 class Intervals(NamedTuple):
@@ -63,7 +63,8 @@ def pair_runs(base: str, groups: list[Group]) -> tuple[list[Pairs], list[str]]:
     bases = {}
     for group in groups:
         for run in group.runs if group.label == base else ():
-            whole = {("early exit", "multiply_adds"): 100, ("early exit", "top1_error"): run.values.get(("final", "top1_error"))}
+            error = run.values.get(("final", "top1_error"))
+            whole = {("early exit", "multiply_adds"): 100, ("early exit", "top1_error"): error}
             bases[group.data, run.network, run.seed] = run._replace(values=whole | run.values)
     paired, left_out = [], []
     for group in groups:
@@ -72,22 +73,11 @@ def pair_runs(base: str, groups: list[Group]) -> tuple[list[Pairs], list[str]]:
         runs, partners = [], []
         for run in group.runs:
             partner = bases.get((group.data, run.network, run.seed))
-            if partner is None:
-                left_out.append(f"{group.label}, seed {run.seed} (no {base} of its network, data and seed)")
-            elif any(partner.splits.get(name, split) != split for name, split in run.splits.items()):
-                left_out.append(f"{group.label}, seed {run.seed} (its {base} has other images)")
+            if partner is None or any(partner.splits.get(name, split) != split for name, split in run.splits.items()):
+                left_out.append(f"{group.label}, seed {run.seed} (no {base} of its network, images and seed)")
             else:
                 runs.append(run)
                 partners.append(partner)
         if runs:
             paired.append(Pairs(group._replace(runs=runs), partners))
     return paired, left_out
-
-
-def differences(pairs: Pairs, column: Column) -> list[float] | None:
-    """Of each pair, the run's number minus the partner's; None where `numbers` is."""
-    runs = pairs.group.runs
-    found = numbers([*runs, *pairs.partners], column)
-    if found is None:
-        return None
-    return [number - of_partner for number, of_partner in zip(found, found[len(runs) :], strict=False)]

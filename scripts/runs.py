@@ -69,12 +69,12 @@ class Source(NamedTuple):
 class Skipped(NamedTuple):
     """A run that no table has."""
 
-    source: Source
+    name: str
     reason: str
-    is_duplicate: bool = False
+    path: Path | None = None  # its directory, or the file that would lose it; None for a duplicate
 
     def __str__(self) -> str:
-        return f"{self.source.name} ({self.reason})"
+        return f"{self.name} ({self.reason})"
 
 
 class Run(NamedTuple):
@@ -99,7 +99,7 @@ class Run(NamedTuple):
 
     @property
     def test_images(self) -> str:
-        return f"test {self.images.get('test', 'images not recorded')}"
+        return "test " + (self.images.get("test") or self.images.get("val", "images not recorded"))
 
     @property
     def row(self) -> tuple:
@@ -132,8 +132,7 @@ def find_sources(paths: list[Path]) -> tuple[list[Source], list[Skipped]]:
             elif "config.json" in files:
                 sources.add(Source(os.path.relpath(directory), Path(directory)))
             seen.add(real)
-    unreadable = [Skipped(Source(error.filename, Path(error.filename)), error.strerror) for error in errors]
-    return sorted(sources), unreadable
+    return sorted(sources), [Skipped(error.filename, error.strerror) for error in errors]
 
 
 def read_run(source: Source, which: str) -> Run:
@@ -144,10 +143,10 @@ def read_run(source: Source, which: str) -> Run:
     """
     if source.line is None:
         config, results = (read_json(source.path / name) for name in ("config.json", "results.json"))
-        name = config.get("run_name", source.name)
+        name = config["run_name"]
     else:
         line = json.loads(source.line)
-        name, config, results = line.get("name", source.name), line["config"], line["results"]
+        name, config, results = line["name"], line["config"], line["results"]
     if results["status"] != "finished":
         raise ValueError(f"{results['status']}, {results['epochs']} of {config['end_epoch']} epochs")
     runtime = {"runtime", *config.get("runtime", ())}
@@ -157,17 +156,17 @@ def read_run(source: Source, which: str) -> Run:
     starts = from_json(list[Start], config["starts"])
     flags["processes"] = " and ".join(sorted({str(start.processes) for start in starts}))
     fitting = [name for name, setting in SETTINGS.items() if (NO_METHOD | setting).items() <= flags.items()]
-    compared = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
+    changes = [change for change in find_changes(PAPER, flags, PAPER) if change.name not in NOT_COMPARED]
 
     # Without held-out images, validation is the test split.
     splits = from_json(dict[str, SplitRecord], config["data"].get("splits", {}))
     selects_on_val = bool(flags.get("val_split")) or "test" in splits
     data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags.get(limit))])
+    drawn = ("train", "val") if flags.get("val_split") else ()  # by the seed
     images = {}
     for split, record in splits.items():
-        images[split] = f"images {record.images}"
-        if not (flags.get("val_split") and split in ("train", "val")):  # which the seed draws
-            images[split] += f", digest {record.digest[:12]}"
+        if split not in drawn:
+            images[split] = f"images {record.images}, digest {record.digest[:12]}"
     epoch = from_json(EpochRecord, results[which])
     block = TestRecord(epoch.epoch, {}, epoch.val)
     test = from_json(dict[str, TestRecord], results.get("test", {})).get(which)
@@ -175,8 +174,6 @@ def read_run(source: Source, which: str) -> Run:
         block = test
     elif selects_on_val:
         data += ", no test split: held-out images"
-    elif "val" in images:
-        images["test"] = images.pop("val")
     return Run(
         source=source,
         name=name,
@@ -187,7 +184,7 @@ def read_run(source: Source, which: str) -> Run:
         network=from_json(str, flags["classifier_type"]),
         methods=methods,
         setting=max(fitting, key=lambda name: len(SETTINGS[name])),
-        changes=find_changes(PAPER, compared, PAPER) + from_json(list[Change], config["changes"]),
+        changes=changes + from_json(list[Change], config["changes"]),
         data=data,
         splits=splits,
         images=images,
@@ -222,7 +219,7 @@ def read_values(block: TestRecord, results: dict) -> dict[tuple[str, str], float
         values["early exit", "multiply_adds"] = 100 * chosen["multiply_adds"] / backbone
         values["early exit", "top1_error"] = 100 - chosen["accuracy"]
     for (owner, name), value in values.items():
-        if value is None or not abs(value) < LARGEST:
+        if not abs(value) < LARGEST:
             raise ValueError(f"{name} of {owner} is {value!r}")
     return values
 
@@ -242,12 +239,11 @@ def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
             run = read_run(source, which)
         except DAMAGED as error:
             reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
-            skipped.append(Skipped(source, reason))
+            skipped.append(Skipped(source.name, reason, source.path))
             continue
         used = by_setting.setdefault(f"{run.row} {run.images}", {}).setdefault(run.seed, run)
         if used is not run:
-            reason = f"the same flags and seed as {used.source.name}, which is used"
-            skipped.append(Skipped(source, reason, is_duplicate=True))
+            skipped.append(Skipped(source.name, f"the same flags and seed as {used.source.name}, which is used"))
     groups = [[runs[seed] for seed in sorted(runs)] for runs in by_setting.values()]
     return name_groups(groups), skipped
 

@@ -8,6 +8,7 @@ reason.
 """
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs
 from paper import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
-from runs import CLASSIFIERS, COLUMNS, TIMES, Group, Skipped, change_text, load
+from runs import CLASSIFIERS, COLUMNS, TIMES, Group, Run, Skipped, change_text, load
 from tables import FORMATS, Table, difference_cells, mean_cells
 
 from utils.errors import UserError, print_error, printable, run_command
@@ -42,7 +43,7 @@ def find_published(group: Group, row: dict) -> dict | None:
     differs (or DML is the published script's); None for another row's runs."""
     run = group.runs[0]
     wanted = {"classifier_type": row["model"], **{flag: row[flag] for flag in BLOCK_FLAGS}}
-    if run.methods != tuple(row["methods"]) or not wanted.items() <= run.flags.items():
+    if (run.data, run.methods) != (PAPER_DATA, tuple(row["methods"])) or not wanted.items() <= run.flags.items():
         return None
     others = {change.name for change in run.changes} - {*BLOCK_FLAGS, "precision", "sync_bn", "DML_as_published"}
     return {} if others else row
@@ -52,7 +53,8 @@ def mean_tables(groups: list[Group], numbers: str, metrics: list[str] | None) ->
     """The paper's tables of these numbers and that of all other groups; and what the paper says of the published
     values that are shown."""
     tables, notes, used = [], [], []
-    for number in numbers if groups[0].runs[0].data == PAPER_DATA else "":
+    data = groups[0].data
+    for number in numbers:
         columns = metrics or (DEFAULT_OF_TABLE_2 if number == "2" else DEFAULT)
         about = PUBLISHED[f"table{number}"]
         rows = []
@@ -66,10 +68,10 @@ def mean_tables(groups: list[Group], numbers: str, metrics: list[str] | None) ->
                 used.append(group)
                 if published:
                     notes += [PUBLISHED["about"], *about["notes"]]
-        tables.append(Table(f"Table {number}: {about['title']}, {groups[0].data}", rows))
+        tables.append(Table(f"Table {number}: {about['title']}, {data}", rows))
     rows = [{**labels(group), **mean_cells(group.runs, metrics or DEFAULT)} for group in groups if group not in used]
     if len(numbers) > 1:
-        tables.append(Table(f"Other runs: {groups[0].data}", rows))
+        tables.append(Table(f"Other runs: {data}", rows))
     return tables, notes
 
 
@@ -99,12 +101,14 @@ def paired_tables(base: str, groups: list[Group], columns: list[str], pooled: bo
             for row, cell in zip(rows, cells, strict=True):
                 row[name] = cell
             if intervals.num_settings:
-                rest_on.append(f"settings: {intervals.num_settings}, degrees of freedom: {intervals.degrees_of_freedom:.1f}")
+                settings = f"settings: {intervals.num_settings}"
+                rest_on.append(f"{settings}, degrees of freedom: {intervals.degrees_of_freedom:.1f}")
         tables.append(Table(f"Differences from {base}, paired by seed: {data}", rows))
         if rest_on:
             variance = "of each setting's own seeds (degrees of freedom: n - 1)"
             if pooled:
-                variance = f"pooled over the settings, which share the base's runs ({'; '.join(dict.fromkeys(rest_on))})"
+                words = "; ".join(dict.fromkeys(rest_on))
+                variance = f"pooled over the settings, which share the base's runs ({words})"
             notes.append(
                 f"{network}, {data}: in brackets: 95 % interval of the mean difference (Student's t), with * where it"
                 f" leaves out 0; the variance of paired differences is {variance}"
@@ -112,21 +116,16 @@ def paired_tables(base: str, groups: list[Group], columns: list[str], pooled: bo
     return tables, notes
 
 
-def export(file: Path, groups: list[Group], skipped: list[Skipped]) -> None:
+def export(file: Path, runs: list[Run], skipped: list[Skipped]) -> None:
     """One line of JSON per run, without flags that define no experiment.
 
     Raises:
         UserError: runs that cannot be read would be lost.
     """
-    lost = []
-    for run in skipped:
-        if run.source.line is not None and not run.is_duplicate and run.source.path.resolve() == file.resolve():
-            lost.append(str(run))
+    lost = [str(run) for run in skipped if run.path and run.path.resolve() == file.resolve()]
     if lost:
         raise UserError(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
-    lines = []
-    for run in (run for group in groups for run in group.runs):
-        lines.append(json.dumps({"name": run.name, "config": run.config, "results": run.results}) + "\n")
+    lines = [json.dumps({"name": run.name, "config": run.config, "results": run.results}) + "\n" for run in runs]
     write_output(file, "".join(lines).encode())
 
 
@@ -163,8 +162,8 @@ def summarize(args: argparse.Namespace) -> None:
     notes = [f"runs: {len(runs)}, {which} epoch, made on {'; '.join(machines)}"]
     notes += [f"left out: {run}" for run in skipped]
     tables = []
-    for data in dict.fromkeys(group.data for group in groups):
-        on_data = [group for group in groups if group.data == data]
+    for data, on_data in itertools.groupby(groups, lambda group: group.data):
+        on_data = list(on_data)
         if common := sorted(map(change_text, on_data[0].common)):
             notes.append(f"{data}: all runs, unlike the paper: {', '.join(common)}")
         if args.pairs:
@@ -176,10 +175,10 @@ def summarize(args: argparse.Namespace) -> None:
         tables += [table for table in found[0] if table.rows]
         notes += found[1]
     if args.pairs and not tables:
-        known = dict.fromkeys(group.label for group in groups)
-        raise UserError(f"--pairs {args.pairs}: give one of {'; '.join(known)}")
+        known = "; ".join(dict.fromkeys(group.label for group in groups))
+        raise UserError(f"--pairs {args.pairs}: give one of {known}")
     if args.export:
-        export(args.export, groups, skipped)
+        export(args.export, runs, skipped)
     FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])
 
 

@@ -5,7 +5,7 @@ import statistics
 import sys
 from typing import NamedTuple
 
-from intervals import Intervals, Pairs, differences, paired_intervals
+from intervals import Intervals, Pairs, paired_intervals
 from runs import COLUMNS, Column, Run, numbers
 
 MISSING = "—"
@@ -87,11 +87,14 @@ def mean_cells(
 def difference_cells(
     paired: list[Pairs], column: Column, pooled: bool = True
 ) -> tuple[list[Difference | None], Intervals]:
-    """A cell for each group, None where it lacks the number; and what the intervals rest on.
+    """A cell for each group, None where `numbers` is; and what the intervals rest on.
 
     pooled: their variance is that of all groups' differences, or else of each group's own.
     """
-    found = [differences(pairs, column) for pairs in paired]
+    found = []
+    for group, partners in paired:
+        values = numbers([*group.runs, *partners], column)
+        found.append(values and [a - b for a, b in zip(values, values[len(partners) :], strict=False)])
     intervals = paired_intervals(found)
     cells = []
     for values, half_width in zip(found, intervals.half_widths, strict=True):
@@ -130,8 +133,7 @@ def print_latex(tables: list[Table], notes: list[str]) -> None:
     """For a document with \\usepackage{booktabs}."""
     for table in tables:
         heading, *rows = text_rows(table)
-        print("\\begin{table}\n\\centering")
-        print(f"\\caption{{{latex(table.title)}}}")
+        print(f"\\begin{{table}}\n\\centering\n\\caption{{{latex(table.title)}}}")
         print(f"\\begin{{tabular}}{{{'l' * len(heading)}}}\n\\toprule")
         print(" & ".join(map(latex, heading)), "\\\\\n\\midrule")
         for row in rows:
