@@ -10,24 +10,27 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shlex
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 import data
 import loss
 import models
 from data import build_transform, check_same_images, load_splits
-from loss import METHODS, build_objective, trained_exits
-from models import build_model
-from utils import distributed, flags
-from utils.calibration import calibrate, early_exit_curve
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_states, reading
-from utils.compile import CompiledNetwork
+from loss import METHODS, build_objective
+from models import build_model, load_weights
+from models.early_exit import multiply_adds
+from utils import distributed, flags, launch
+from utils.calibration import early_exit_curve, fit_temperatures, scaled_metrics
+from utils.checkpoint import BEST, LAST, Checkpoint, find_checkpoint, load_checkpoint, load_states, reading
+from utils.compile import Compiled
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
 from utils.errors import (
@@ -35,7 +38,6 @@ from utils.errors import (
     NonFiniteError,
     UserError,
     describe_error,
-    first_line,
     print_error,
     run_command,
     signals_raise,
@@ -44,14 +46,15 @@ from utils.errors import (
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import environment, seed_generators, set_up_torch
-from utils.records import DataRecord, from_json, results_table, to_json
+from utils.parser import Parser
+from utils.records import Change, DataRecord, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
+from utils.resume import check_flags, check_length
 from utils.run_directory import RunDirectory
 
 
-def build_parser(fail: Callable | None = None) -> flags.Parser:
+def build_parser() -> Parser:
     """Every flag, declared by the package that it belongs to."""
-    parser = flags.Parser(
-        fail,
+    parser = Parser(
         prog="main.py",
         usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
@@ -65,26 +68,25 @@ def build_parser(fail: Callable | None = None) -> flags.Parser:
     return parser
 
 
-RUNTIME_FLAGS = build_parser().names("runtime", "machine")  # all others define the experiment
+# All others define the experiment; `exits` follows from them.
+RUNTIME_FLAGS = build_parser().names("runtime", "machine") | {"exits"}
 PER_MACHINE = build_parser().names("machine")  # in which the processes of one run may differ
+# Beside --val_only --resume RUN, flags that say where and how to compute; all others are the run's.
+OF_EVALUATION = {"data_path", "device", "precision", "workers", "experiments_dir", "run_name", "limit_val"}
 
 
-def parse_args(
-    argv: list[str] | None = None, fail: Callable | None = None, saved: dict | None = None
-) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; `auto` is resolved.
 
-    A bad value ends the process with status 2, argparse's usage line and one sentence; or calls `fail(message)`,
-    which must not return. `saved` are flags of a checkpoint, which hold where the command line does not say otherwise.
+    A bad value ends the process with status 2, argparse's usage line and one sentence.
     """
-    parser = build_parser(fail)
-    try:
-        distributed.check_environment()
-    except ValueError as e:
-        parser.exit(2, f"main.py: error: {e}\n")
-    args = parser.parse_args(argv, parser.namespace(saved or {}))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.val_only:
+        for name in parser.given(argv) - OF_EVALUATION - {"val_only", "resume"}:
+            parser.error(f"argument --{name}: with --val_only it is the run's own; leave it out")
     if args.run_name is None:
-        args.run_name = "val_only" if args.val_only else default_run_name(args)
+        args.run_name = evaluation_name(args) if args.val_only and args.resume else default_run_name(args)
     for package in (loss, data, models, flags):
         package.check_flags(args, parser.error)
     return args
@@ -101,21 +103,39 @@ def default_run_name(args) -> str:
     return "_".join([args.data_type, args.classifier_type, *methods, f"seed{args.seed}"])
 
 
+def evaluation_name(args) -> str:
+    """`<run>_val`, or for another checkpoint of it than the last `<run>_<checkpoint>_val`."""
+    path = Path(args.resume).resolve()
+    names = [path.name] if path.is_dir() or path.name == LAST else [path.parent.name, path.stem]
+    return "_".join([*names, "val"])
+
+
+def experiment_flags(values: dict) -> dict:
+    """The flags that define the experiment."""
+    return {name: value for name, value in values.items() if name not in RUNTIME_FLAGS}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a user error, printed on one line, 2 wrong flags, 128 + n
     after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, 138 SIGUSR1 and 140 SIGUSR2 on Linux)."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        launch.WORLD = launch.read_world(os.environ)
+    except UserError as e:
+        print_error(str(e))
+        return 2
+    launch.end_with_torchrun()
     args = parse_args(argv)
     status = 1
     try:
         with distributed.process_group(args.device) as device, contextlib.ExitStack() as stack:
-            if distributed.is_main():  # the other processes have nothing to save: signals just end them
+            if launch.WORLD.is_main:  # the other processes have nothing to save: signals just end them
                 stack.enter_context(signals_raise())
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
                 status = 2
                 raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
             if args.val_only:
-                evaluate_runs(args, argv, device)
+                evaluate_run(args, build_parser().given(argv), device)
             else:
                 set_up_torch(device, args.precision)
                 train(args, device)
@@ -126,68 +146,113 @@ def main(argv: list[str] | None = None) -> int:
         message = describe_error(e, args)
         if message is None:
             raise
-    if not distributed.is_main():
-        distributed.wait_for_rank_0()
-        message = f"process {os.environ['RANK']}: {message}"
+    if not launch.WORLD.is_main:
+        launch.wait_for_rank_0()
+        message = f"process {launch.WORLD.rank}: {message}"
     print_error(message)
     return status
 
 
 def train(args, device: torch.device) -> None:
     """Train from the run directory's last checkpoint to --end_epoch, and report."""
-    with RunDirectory(Path(args.experiments_dir, args.run_name), vars(args), build_parser().differences) as run:
+    with RunDirectory(Path(args.experiments_dir, args.run_name), RUNTIME_FLAGS) as directory:
         # where the run starts: flags are compared before any image is read, images before anything is written
-        checkpoint = run.open()
-        with reading(run.source):
-            record = from_json(DataRecord, checkpoint["data"]) if checkpoint else None
-        loaders = load_splits(args, device, record)
+        checkpoint, changes = distributed.broadcast_from_rank_0(lambda: find_start(directory, args))
+        loaders = load_splits(args, device, checkpoint.run.data if checkpoint else None)
         train_loader, val_loader = loaders["train"], loaders["val"]
-        check_images(run, record, train_loader.record)
-        if run.is_finished:
-            run.export("finished")
-            tell(f"{run.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
+        check_images(args, checkpoint, train_loader.record)
+        if checkpoint and is_finished(directory.path, checkpoint, args):
+            directory.run = checkpoint.run
+            directory.export("finished")
+            tell(f"{directory.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
-        model, network, step, states = build_training(args, device, train_loader, checkpoint, run.source)
+        model, network, step, states = build_training(args, device, train_loader, checkpoint)
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
+        trained = objective.trained_classifiers(len(model.exits))
 
         # from here on files are written
-        run.begin(environment(device, distributed.world_size()), to_json(train_loader.record), checkpoint)
-        logger = Logger(run.path if run.is_main else None, args.end_epoch)
+        run = begin_run(args, device, checkpoint, changes, train_loader.record, directory.path)
+        directory.begin(run, checkpoint)
+        logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
         notes = flags.notes(args, device)
-        experiment = {name: value for name, value in vars(args).items() if name not in RUNTIME_FLAGS}
-        logger.start(headline(args, device, model, loaders), notes, experiment, train_loader, run.history)
+        logger.start(
+            headline(args, model, loaders, run), notes, experiment_flags(vars(args)), train_loader, run.history
+        )
 
         # training loop
         predictions = None
         for epoch in range(first_epoch, args.end_epoch):
             lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
-            seed_generators(args.seed, epoch, distributed.rank())
+            seed_generators(args.seed, epoch, launch.WORLD.rank)
             network.train()
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
-            trained = train_one_epoch(step, train_loader, logger.bar)
+            measured = train_one_epoch(step, train_loader, logger.bar)
             distributed.broadcast_buffers(model)  # now, so that all processes find the same number that is not finite
-            if bad := first_nonfinite(model, trained["train"]):
+            if bad := first_nonfinite(model, measured["train"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: {bad} is not finite")
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
-            if run.is_main:
-                settings = {"epoch": epoch, "lr": lr, "alpha_t": objective.alpha_t}
-                measured = evaluate(*predictions, trained_exits(args))
-                timing = {"seconds_validation": time.perf_counter() - start, "seconds_saving": run.seconds_saving}
-                record = {**settings, **trained, **timing, **measured}
-                run.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
+            if launch.WORLD.is_main:
+                val = evaluate(*predictions, trained)
+                record = EpochRecord(epoch, lr, **measured, val=val, alpha_t=getattr(objective.soften, "alpha_t", None))
+                record.seconds_validation = time.perf_counter() - start
+                record.seconds_saving = directory.seconds_saving
+                directory.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
                 logger.epoch(record)
 
-        finish(args, run, logger, model, loaders, predictions)
+        finish(args, directory, logger, model, loaders, predictions)
 
 
-def build_training(args, device: torch.device, train_loader, checkpoint: dict | None, source: Path | None):
-    """What is trained and what trains it, in the state of the checkpoint, if there is one; `source` is its file.
+def find_start(directory: RunDirectory, args) -> tuple[Checkpoint | None, list[Change]]:
+    """The checkpoint to start from, None for a new run, and the flags that differ from its and may.
+
+    Raises:
+        UserError: the directory or the checkpoint cannot be used, or other flags differ.
+    """
+    checkpoint = directory.open(args.resume, args.overwrite)
+    if checkpoint is None:
+        return None, []
+    file, before = checkpoint.file, checkpoint.run
+    done = len(before.history)
+    with reading(file):
+        old = experiment_flags(before.args) | {"processes": before.starts[-1].processes}
+        new = experiment_flags(vars(args)) | {"processes": launch.WORLD.size}
+        changes = check_flags(file, old, new, experiment_flags(vars(default_args())), args.allow_change)
+        check_length(file, done, args.end_epoch)
+    if done < args.end_epoch:
+        tell(f"continuing from {file}: {done} of {args.end_epoch} epochs are done")
+    return checkpoint, [change._replace(epoch=done) for change in changes]
+
+
+def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
+    """Whether the run in a directory has nothing left to do."""
+    is_here = checkpoint.file.parent == path
+    has_predictions = not args.save_predictions or (path / "predictions.npz").exists()
+    return is_here and checkpoint.run.finished and len(checkpoint.run.history) == args.end_epoch and has_predictions
+
+
+def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
+    """The record of a run with this start, in a directory, and the epochs of its checkpoint."""
+    run = RunRecord(vars(args), record)
+    start = Start(0, **environment(device, launch.WORLD.size))
+    if checkpoint:
+        before = checkpoint.run
+        run.history, run.changes = before.history, before.changes + changes
+        run.starts = before.starts
+        start.epoch = len(before.history)
+        if checkpoint.file.parent != path:
+            start.resumed_from = str(checkpoint.file.absolute())
+    run.starts = [*run.starts, start]
+    return run
+
+
+def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None):
+    """What is trained and what trains it, in the state of the checkpoint, if there is one.
 
     Returns:
         the network; the same as the step calls it, perhaps compiled and in several processes; the step, perhaps
@@ -196,45 +261,50 @@ def build_training(args, device: torch.device, train_loader, checkpoint: dict | 
     # network, loss and optimiser
     model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
+    if args.weights is not None:
+        line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
+        if distributed.is_main() and checkpoint is None:
+            tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
     states = {"model": model, "objective": objective, "optimizer": optimizer}
     if checkpoint:
-        load_states(checkpoint, source, **states)
+        load_states(checkpoint, **states)
 
     # the training step
-    network = CompiledNetwork(model) if args.compile else model
-    network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
+    network = Compiled(model) if args.compile else model
+    num_exits = len(model.exits)
+    all_used = len(objective.trained_classifiers(num_exits)) == num_exits + 1
+    network = distributed.wrap(network, device, args.sync_bn, all_used)
     transform = build_transform(args, train_loader.num_classes)
     step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
     states["scaler"] = step.scaler  # of fp16
-    if checkpoint and checkpoint.get("scaler"):
-        step.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint and checkpoint.states["scaler"]:
+        load_states(checkpoint, scaler=step.scaler)
     if args.cuda_graph:
         step = GraphedStep(step)
     return model, network, step, states
 
 
-def check_images(run: RunDirectory, before: DataRecord | None, now: DataRecord) -> None:
+def check_images(args, checkpoint: Checkpoint | None, record: DataRecord) -> None:
     """Raises UserError where the processes read different images, or a run that goes on was trained on others."""
-    if distributed.find_differing(vars(now)):
+    if distributed.find_differing({"images": record}):
         raise UserError("the processes read different images: give all of them the same data")
-    if before:
-        check_same_images(before, now, run.source)
+    if checkpoint:
+        check_same_images(checkpoint.run.data, record, checkpoint.file)
 
 
-def headline(args, device: torch.device, model: torch.nn.Module, loaders: dict) -> str:
+def headline(args, model: torch.nn.Module, loaders: dict, run: RunRecord) -> str:
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     train, val = loaders["train"], loaders["val"]
     images = f"{train.num_samples} training and {val.num_samples} validation images of {train.num_classes} classes"
     if val.record.selects_on_val and "test" not in loaders:
         images += ", no test split"
-    machine = environment(device, distributed.world_size())["device_name"]
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
-    return f"{args.run_name}: {network}, {images}, {args.precision} on {machine}"
+    return f"{args.run_name}: {network}, {images}, {args.precision} on {run.starts[-1].device_name}"
 
 
-def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, loaders: dict, predictions) -> None:
+def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module, loaders: dict, predictions) -> None:
     """After the last epoch: predictions, the test split, the report, and the mark that the run is finished.
 
     predictions: logits (B, M, K) and labels (M,) of the validation images; None where the run had been stopped after
@@ -244,135 +314,108 @@ def finish(args, run: RunDirectory, logger: Logger, model: torch.nn.Module, load
         predictions = predict(model, loaders["val"], args.precision)
     test = None
     if loaders["val"].record.selects_on_val:
-        test = evaluate_test_split(args, run, model, loaders["val"], loaders.get("test"))
-    if not run.is_main:
+        test = evaluate_chosen(args, directory.path, logger, model, loaders)
+    if not launch.WORLD.is_main:
         return
 
     logits, labels = predictions
     if args.save_predictions:
-        run.check_lock()
+        directory.check_lock()
         exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
-        write_arrays(run.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
-    results = run.results("finished", test)
-    logger.finish(results, logits[-1], labels, loaders["val"])
-    logger.info(f"{results['seconds_per_epoch']:.2f} s of training per epoch (median); files: {run.path}")
-    logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(run.path)])}")
+        write_arrays(directory.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
+    finished = dataclasses.replace(directory.run, test=test)
+    logger.finish(finished, logits[-1], labels, loaders["val"])
+    seconds = statistics.median(epoch.seconds for epoch in finished.history)
+    logger.info(f"{seconds:.2f} s of training per epoch (median); files: {directory.path}")
+    logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(directory.path)])}")
     logger.close()
-    run.finish(test)  # last: nothing more is done for a run that is finished
+    directory.finish(test)  # last: nothing more is done for a run that is finished
 
 
-def evaluate_test_split(args, run: RunDirectory, model, val_loader, test_loader) -> dict:
-    """The test split's metrics for the last and the best epoch, with temperatures fitted on the validation images;
-    complete in rank 0; empty without a test split."""
-    trained, test = trained_exits(args), {}
-    if test_loader is None:
-        return test
-    for name, file in (("last", run.path / LAST), ("best", run.path / BEST)):
+def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> dict[str, TestRecord]:
+    """Of the last and the best epoch, which the held-out images chose: temperatures and early exit, fitted on the same
+    images, and the test split's metrics, if there is one. Complete in rank 0."""
+    found = {}
+    for name, file in (("last", path / LAST), ("best", path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.broadcast_from_rank_0(
             lambda file=file: load_checkpoint(file) if file.exists() else None
         )
         if checkpoint is None:
             continue
-        load_states(checkpoint, file, model=model)
-        heldout, tested = (predict(model, part, args.precision) for part in (val_loader, test_loader))
-        if not run.is_main:
+        load_states(checkpoint, model=model)
+        heldout = predict(model, loaders["val"], args.precision)
+        test = predict(model, loaders["test"], args.precision) if "test" in loaders else None
+        if not launch.WORLD.is_main:
             continue
-        epoch = checkpoint["epoch"]
-        record = {"epoch": epoch, **evaluate(*tested, trained), **calibrate(heldout, tested, trained)}
-        record["early_exit"] = None
-        if any(trained):
-            costs, backbone = model.multiply_adds(args.image_size, record["temperatures"])
-            record["early_exit"] = early_exit_curve(heldout, tested, record["temperatures"], costs, backbone)
-        test[name] = record
-    return test
+        trained = checkpoint.run.trained
+        fitted = fit_temperatures(*heldout, trained)
+        if unbounded := [classifier for classifier, temperature in fitted.items() if temperature is None]:
+            logger.info(f"note: {name} epoch: no temperature fits {', '.join(unbounded)} on the held-out images: T = 1")
+        record = TestRecord(checkpoint.epoch, {classifier: t or 1.0 for classifier, t in fitted.items()})
+        if test is not None:
+            record.metrics = evaluate(*test, trained)
+            record.calibrated = scaled_metrics(*test, record.temperatures)
+        if len(trained) > 1:
+            costs, backbone = multiply_adds(model, args.image_size, record.temperatures)
+            record.early_exit = early_exit_curve(heldout, test, record.temperatures, costs, backbone)
+        found[name] = record
+    return found
 
 
-def evaluate_runs(args, argv: list[str], device: torch.device) -> None:
-    """`--val_only`: evaluate a checkpoint, or the last one of every run under a directory; print, and write val.json.
-
-    Raises:
-        UserError: a run could not be evaluated (after all others were).
-    """
-    path = Path(args.resume)
-    is_one = distributed.broadcast_from_rank_0(lambda: path.is_file() or (path / LAST).exists())
-    runs = [path]
-    if not is_one:
-        runs = distributed.broadcast_from_rank_0(lambda: sorted(file.parent for file in path.rglob(LAST)))
-    found, failed = {}, []
-    for run in runs:
-        try:
-            found[str(run)] = evaluate_checkpoint(run, argv, device)
-        except Exception as e:
-            if is_one or distributed.world_size() > 1:  # of several processes, the others may wait for this one
-                raise
-            failed.append(describe_error(e, args) or f"{run}: {first_line(e)}")
-    if found and distributed.is_main():
-        for name, record in found.items():
-            tell(f"{name}\n{results_table({'last': record})}")
-        directory = Path(args.experiments_dir, args.run_name)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "val.json", found[str(path)] if is_one else found)
-        tell(f"written to {directory / 'val.json'}")
-    if not runs:
-        raise UserError(f"{path} holds no checkpoint")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs in {path} could not be evaluated: {'; '.join(failed)}")
-
-
-def evaluate_checkpoint(path: Path, argv: list[str], device: torch.device) -> dict:
-    """The metrics of a checkpoint, with the network, classes, mean and std of its own record; the command line `argv`
-    says where and how to compute.
+def evaluate_run(args, given: set[str], device: torch.device) -> None:
+    """`--val_only`: evaluate a checkpoint with its own flags, classes, mean and std; print, and write val.json.
 
     A run that was selected on validation images is evaluated on those; where the data set at hand has others, which may
     be among those that it was trained on, on the test split.
 
+    Args:
+        given: the flags of OF_EVALUATION that stand on the command line; the others are the run's.
+
     Raises:
-        UserError: its flags or weights are not valid, a given flag contradicts it, or images are missing or of other
-            classes.
+        UserError: its flags or weights are not valid, or images are missing or of other classes.
     """
-    checkpoint, path, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(path))
-    if note and distributed.is_main():
+    checkpoint, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(Path(args.resume)))
+    file, run = checkpoint.file, checkpoint.run
+    if note and launch.WORLD.is_main:
         tell(note)
 
     def fail(message):
-        raise UserError(f"the flags in {path} are not valid here: {message}")
+        raise UserError(f"the flags in {file} are not valid here: {message}")
 
-    # the run's flags, to which the command may add where and how to compute
-    with reading(path):
-        saved, record = checkpoint["args"], from_json(DataRecord, checkpoint["data"])
-        experiment = {name: value for name, value in saved.items() if name not in RUNTIME_FLAGS - {"data_path"}}
-        own = parse_args(argv, fail, experiment)
-        if changes := build_parser().differences(saved, vars(own) | {"precision": saved.get("precision")}):
-            raise UserError(f"{path} was trained with other flags: {', '.join(changes)}")
-        model = build_model(own, len(record.class_names))
-        load_states(checkpoint, path, model=model)
-
+    own = default_args()
+    vars(own).update(run.args, val_only=True, device=args.device, workers=args.workers)
+    vars(own).update({name: getattr(args, name) for name in given})
+    with reading(file):
+        flags.check_machine(own, fail)
+        model = build_model(own, len(run.data.class_names))
+        load_states(checkpoint, model=model)
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
-    loaders = load_splits(own, device, record)
+    loaders = load_splits(own, device, run.data)
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
-    if record.selects_on_val:
+    if run.data.selects_on_val:
         found = loaders["val"].record.splits["val"] if "val" in loaders else None
-        if found != record.splits["val"]:
+        if found != run.data.splits["val"]:
             split = "test"
     if split not in loaders:
-        raise UserError(f"{own.data_path} has no test split, and other validation images than {path} was selected on")
+        raise UserError(f"{own.data_path} has no test split, and other validation images than {file} was selected on")
 
     # the metrics
     loader = loaders[split]
-    if distributed.is_main():
-        kind = "validation" if record.selects_on_val and split == "val" else "test"
-        tell(f"{path}: {loader.num_samples} {kind} images")
-    logits, labels = predict(model, loader, own.precision)
-    return {
-        "checkpoint": str(path),
-        "epoch": checkpoint["epoch"],
-        "images": to_json(loader.record.splits[split]),
-        "images_of_the_run": to_json(record.splits.get(split)),
-        **evaluate(logits, labels, trained_exits(own)),
-    }
+    if launch.WORLD.is_main:
+        kind = "validation" if run.data.selects_on_val and split == "val" else "test"
+        tell(f"{file}: {loader.num_samples} {kind} images")
+    classifiers = evaluate(*predict(model, loader, own.precision), run.trained)
+    if not launch.WORLD.is_main:
+        return
+    tell(results_table({f"epoch {checkpoint.epoch + 1}": classifiers}))
+    images = {"images": loader.record.splits[split], "images_of_the_run": run.data.splits.get(split)}
+    output = Path(args.experiments_dir, args.run_name, "val.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, to_json({"checkpoint": str(file), "epoch": checkpoint.epoch, **images, split: classifiers}))
+    tell(f"written to {output}")
 
 
 if __name__ == "__main__":

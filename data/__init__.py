@@ -16,7 +16,7 @@ from data.loader import Loader, generator
 from data.readers import Images, Split
 from utils import distributed
 from utils.errors import UserError, first_line, first_names, is_out_of_memory
-from utils.flags import add_flag, add_number, add_path
+from utils.parser import add_flag, add_number, add_path
 from utils.records import DataRecord, SplitRecord
 
 

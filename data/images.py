@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils import distributed
+from utils import launch
 from utils.errors import UserError, first_line, printable, tell
 from utils.files import write_atomic
 
@@ -104,7 +104,7 @@ def note_skipped(folder: str | Path, others: list[str]) -> None:
 @cache  # a process may read a data set more than once
 def note(text: str) -> None:
     """A line on standard error, once."""
-    if distributed.is_local_main():
+    if launch.WORLD.is_local_main:
         tell(f"note: {printable(text)}", sys.stderr)
 
 
@@ -215,7 +215,7 @@ def is_cache(name: str) -> bool:
 
 def _write_cache(path: Path, decoded: Decoded) -> None:
     """In place of the split's earlier ones, which were made of other files, or of the same in other sizes."""
-    if distributed.is_local_main():
+    if launch.WORLD.is_local_main:
         megabytes = decoded.images.nbytes / 1e6
         tell(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
     try:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data import augment
 from data.readers import Split
-from utils import distributed
+from utils import distributed, launch
 from utils.errors import UserError
 from utils.records import DataRecord
 
@@ -75,10 +75,10 @@ class Loader:
         else:
             self.batch_size = batch_size
             last = self.num_samples % batch_size or batch_size
-            if last < distributed.world_size():
+            if last < launch.WORLD.size:
                 raise UserError(
                     f"the last training batch holds {last} of {self.num_samples} images, fewer than the"
-                    f" {distributed.world_size()} processes: change --batch_size ({batch_size}) or --limit_train"
+                    f" {launch.WORLD.size} processes: change --batch_size ({batch_size}) or --limit_train"
                 )
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,19 +1,22 @@
-"""What is fitted on held-out images, from logits alone: temperatures, the confidence's norm, early exit's threshold."""
+"""What is chosen on held-out images, from logits alone: temperatures, and the threshold of early exit."""
 
 import torch
 from torch import Tensor
 
-from utils.errors import NonFiniteError
-from utils.metrics import all_metrics, augrc, confidence_and_error, per_sample, rows_per_chunk
+from utils.engine import by_classifier
+from utils.metrics import all_metrics, confidence_and_error, per_sample, rows_per_chunk
+from utils.records import Classifiers
 
 TOLERANCE = 0.5  # points of accuracy that early exit may lose at the chosen threshold
 NUM_THRESHOLDS = 25
-MAX_NORM = 8  # of MaxLogit-pNorm, as in its paper's search
-AFTER_TEMPERATURE = ("ece", "nll", "adaptive_ece", "brier")  # of the metrics, those that a temperature is fitted for
+NEVER = 1.01  # a threshold that no confidence reaches
+AFTER_TEMPERATURE = ("ece", "nll", "adaptive_ece", "brier")  # of the metrics, those that a temperature changes
+LOG_BOUNDS = (-2.0, 2.0)  # of log10 T
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T in 0.01..100 that minimises the NLL of softmax(logits / T) (Guo et al., ICML 2017).
+def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
+    """The T between 0.01 and 100 that minimises the NLL of softmax(logits / T) (Guo et al., ICML 2017); None where the
+    minimum is not between them, as where every prediction is right and the NLL only falls with T.
 
     The NLL is convex in s = 1 / T; its derivative, the mean over images of sum_k p_k z_k - z_label, is bisected.
 
@@ -22,15 +25,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     chunks = logits.split(rows_per_chunk(logits.shape[1]))
     z_label = logits.gather(1, labels[:, None]).double().sum()
+
+    def rises(log_s: Tensor) -> Tensor:
+        """Whether the NLL rises with s at s = 10^log_s."""
+        expected = sum(_expected_logits(z.double(), 10**log_s) for z in chunks)
+        return expected > z_label
+
     # All on the logits' device, so that only the result is waited for.
-    low, high = z_label.new_tensor(-2.0), z_label.new_tensor(2.0)  # of log10 s
+    low, high = map(z_label.new_tensor, LOG_BOUNDS)
+    has_minimum = ~rises(low) & rises(high)
     for _ in range(50):
         middle = (low + high) / 2
-        expected = sum(_expected_logits(z.double(), 10**middle) for z in chunks)
-        is_beyond = expected > z_label
+        is_beyond = rises(middle)
         low = torch.where(is_beyond, low, middle)
         high = torch.where(is_beyond, middle, high)
-    return 10 ** -((low + high) / 2).item()
+    return 10 ** -((low + high) / 2).item() if has_minimum else None
 
 
 def _expected_logits(z: Tensor, s: Tensor) -> Tensor:
@@ -38,140 +47,82 @@ def _expected_logits(z: Tensor, s: Tensor) -> Tensor:
     return (z * s).softmax(dim=1).mul_(z).sum()
 
 
-def pnorm_confidences(logits: Tensor) -> Tensor:
-    """MaxLogit-pNorm, max_k (z_k - mean z) / ||z - mean z||_p (Cattelan and Silva, UAI 2024), by p = 0..MAX_NORM.
+def fit_temperatures(logits: Tensor, labels: Tensor, trained: list[str]) -> dict[str, float | None]:
+    """`fit_temperature` of each trained classifier, by name; logits (B, M, K), shallow to deep, labels (M,)."""
+    return {name: fit_temperature(z, labels) for name, z in by_classifier(logits, trained).items()}
 
-    Args:
-        logits: (M, K).
 
-    Returns:
-        (MAX_NORM + 1, M) float64, on the CPU. Row 0 is the largest probability, without a norm, as in the paper;
-        the others do not depend on the logits' scale, and are 0 where all of an image's logits are equal.
+def scaled_metrics(logits: Tensor, labels: Tensor, temperatures: dict[str, float]) -> Classifiers:
+    """The metrics AFTER_TEMPERATURE of each classifier's logits divided by its temperature.
 
     Raises:
         NonFiniteError: a logit is not finite.
     """
-    chunks = logits.split(rows_per_chunk(logits.shape[1]))
-    confidences = torch.cat([_pnorm_confidences(z.double()) for z in chunks], dim=1).cpu()
-    if not confidences.isfinite().all():
-        raise NonFiniteError("logits are not finite")
-    return confidences
-
-
-def _pnorm_confidences(z: Tensor) -> Tensor:
-    """`pnorm_confidences` of one chunk in float64."""
-    largest_probability = (z.amax(dim=1) - z.logsumexp(dim=1)).exp()
-    z = z - z.mean(dim=1, keepdim=True)
-    largest = z.amax(dim=1)
-    absolute = z.abs_()
-    confidences = [largest_probability]
-    power = torch.ones_like(absolute)
-    for p in range(1, MAX_NORM + 1):
-        power *= absolute
-        norm = power.sum(dim=1) ** (1 / p)
-        confidences.append(torch.where(norm > 0, largest / norm, norm))
-    return torch.stack(confidences)
-
-
-def calibrate(heldout: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], trained_exits: list[bool]) -> dict:
-    """One temperature and one norm per classifier, fitted on held-out images, and the test split's metrics with them.
-
-    Args:
-        heldout, test: logits (B, M, K), shallow to deep, the final classifier last; labels (M,).
-        trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
-
-    Returns:
-        `temperatures` (B); `calibrated`: of the final classifier, `val`, and of each exit, `exits`, the metrics
-        AFTER_TEMPERATURE of the logits divided by the temperature, `augrc_pnorm`, the AUGRC (x 1000) of the logits'
-        MaxLogit-pNorm confidence, and `pnorm_p`, its p, of least AUGRC on the held-out images, the smallest of several.
-        None stands for an untrained exit.
-
-    Raises:
-        NonFiniteError: a trained classifier's logit is not finite.
-    """
-    (heldout_logits, heldout_labels), (test_logits, test_labels) = heldout, test
-    temperatures, calibrated = [], []
-    for is_trained, held, tested in zip([*trained_exits, True], heldout_logits, test_logits, strict=True):
-        if not is_trained:
-            temperatures.append(None)
-            calibrated.append(None)
-            continue
-        temperature = fit_temperature(held, heldout_labels)
-        metrics = all_metrics(per_sample(tested, test_labels, temperature).cpu())
-        record = {name: metrics[name] for name in AFTER_TEMPERATURE}
-        heldout_augrc = pnorm_augrc(held, heldout_labels)
-        p = heldout_augrc.index(min(heldout_augrc))
-        record["augrc_pnorm"] = pnorm_augrc(tested, test_labels)[p]
-        record["pnorm_p"] = p
-        temperatures.append(temperature)
-        calibrated.append(record)
-    return {"temperatures": temperatures, "calibrated": {"val": calibrated[-1], "exits": calibrated[:-1]}}
-
-
-def pnorm_augrc(logits: Tensor, labels: Tensor) -> list[float]:
-    """AUGRC (x 1000) of the MaxLogit-pNorm confidence of logits (M, K) with labels (M,), by p = 0..MAX_NORM."""
-    _, error = confidence_and_error(logits, labels)
-    return [1000 * augrc(confidence, error).item() for confidence in pnorm_confidences(logits)]
+    found = {}
+    for name, z in by_classifier(logits, temperatures).items():
+        metrics = all_metrics(per_sample(z, labels, temperatures[name]).cpu())
+        found[name] = {key: metrics[key] for key in AFTER_TEMPERATURE}
+    return found
 
 
 def early_exit_curve(
-    heldout, test, temperatures: list[float | None], multiply_adds: list[int], backbone_multiply_adds: int
+    heldout: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor] | None,
+    temperatures: dict[str, float],
+    multiply_adds: dict[str, int],
+    backbone_multiply_adds: int,
 ) -> dict:
     """Accuracy and cost when an image stops at the first exit whose confidence reaches a threshold.
 
     Args:
-        heldout, test: logits (B, M, K) and labels (M,), as for `calibrate`; thresholds come from `heldout` alone.
-        temperatures: (B,), by which logits are divided first; None for exits that never decide.
-        multiply_adds: (B,) per image, of stopping at exit 1..B-1 and of going to the end.
+        heldout, test: logits (B, M, K), shallow to deep, and labels (M,); thresholds come from `heldout` alone.
+        temperatures: of each classifier that may decide, which divides its logits first.
+        multiply_adds: per image, of stopping at each of these classifiers.
         backbone_multiply_adds: of the network without exits, which is what runs where no exit may decide.
 
     Returns:
         `multiply_adds` and `backbone_multiply_adds` as given; `curve`, a list of {threshold, heldout_accuracy (%),
-        accuracy (%), multiply_adds (mean per image)}, the latter two of `test`, from always stopping at the first exit
-        to never stopping; and `chosen`, its entry that costs least on `heldout` among those whose held-out accuracy is
-        at least the final classifier's less TOLERANCE.
+        heldout_multiply_adds (mean per image)} and, where there is a test split, its {accuracy, multiply_adds}, from
+        always stopping at the first exit to never stopping; and `chosen`, its entry that costs least among those whose
+        held-out accuracy is at least the final classifier's less TOLERANCE.
     """
-    costs = torch.tensor([c for c, t in zip(multiply_adds, temperatures, strict=True) if t is not None]).double()
-    heldout_confidence, heldout_error = _deciding_classifiers(*heldout, temperatures)
-    test_confidence, test_error = _deciding_classifiers(*test, temperatures)
+    splits = {"heldout_": heldout, "": test} if test is not None else {"heldout_": heldout}
+    deciding = {prefix: _deciding_classifiers(*split, temperatures) for prefix, split in splits.items()}
+    costs = torch.tensor([multiply_adds[name] for name in temperatures], dtype=torch.float64)
 
     # from every image at the first exit, over quantiles of the exits' confidences, to none at an exit
     quantiles = torch.linspace(0, 1, NUM_THRESHOLDS, dtype=torch.float64)[1:-1]
+    heldout_confidence, _ = deciding["heldout_"]
     exit_confidence = heldout_confidence[:-1].flatten()
-    thresholds = [0.0, *exit_confidence.quantile(quantiles).tolist(), 1.01]
+    thresholds = [0.0, *exit_confidence.quantile(quantiles).tolist(), NEVER]
 
     curve = []
-    heldout_costs = []
     for threshold in thresholds:
-        heldout_accuracy, heldout_cost = _stop(heldout_confidence, heldout_error, costs, threshold)
-        accuracy, cost = _stop(test_confidence, test_error, costs, threshold)
-        if threshold > 1:  # then no exit is computed
-            heldout_cost = cost = float(backbone_multiply_adds)
-        point = {"threshold": threshold, "heldout_accuracy": heldout_accuracy}
-        curve.append({**point, "accuracy": accuracy, "multiply_adds": cost})
-        heldout_costs.append(heldout_cost)
+        point = {"threshold": threshold}
+        for prefix, (confidence, error) in deciding.items():
+            accuracy, cost = _stop(confidence, error, costs, threshold)
+            point[f"{prefix}accuracy"] = accuracy
+            # never stopping computes no exit
+            point[f"{prefix}multiply_adds"] = float(backbone_multiply_adds) if threshold == NEVER else cost
+        curve.append(point)
 
-    chosen = len(curve) - 1
     required = curve[-1]["heldout_accuracy"] - TOLERANCE
-    for i in reversed(range(len(curve))):  # of equal costs, the lowest threshold
-        if curve[i]["heldout_accuracy"] >= required and heldout_costs[i] <= heldout_costs[chosen]:
-            chosen = i
+    good = [point for point in curve if point["heldout_accuracy"] >= required]
     return {
         "multiply_adds": multiply_adds,
         "backbone_multiply_adds": backbone_multiply_adds,
         "curve": curve,
-        "chosen": curve[chosen],
+        "chosen": min(good, key=lambda point: point["heldout_multiply_adds"]),  # of equal costs, the lowest threshold
     }
 
 
-def _deciding_classifiers(logits: Tensor, labels: Tensor, temperatures) -> tuple[Tensor, Tensor]:
+def _deciding_classifiers(logits: Tensor, labels: Tensor, temperatures: dict[str, float]) -> tuple[Tensor, Tensor]:
     """Confidence and error of the classifiers that have a temperature: (classifiers, M) each."""
     confidences, errors = [], []
-    for classifier_logits, temperature in zip(logits, temperatures, strict=True):
-        if temperature is not None:
-            confidence, error = confidence_and_error(classifier_logits, labels, temperature)
-            confidences.append(confidence)
-            errors.append(error)
+    for name, z in by_classifier(logits, temperatures).items():
+        confidence, error = confidence_and_error(z, labels, temperatures[name])
+        confidences.append(confidence)
+        errors.append(error)
     confidences[-1] = torch.full_like(confidences[-1], float("inf"))  # the final classifier always decides
     return torch.stack(confidences), torch.stack(errors)
 

@@ -5,41 +5,43 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from utils.errors import UserError, first_line
 from utils.files import write_atomic
+from utils.records import RunRecord, best_epoch, from_json
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
-ENTRIES = {
-    "model": dict,  # states
-    "optimizer": dict,
-    "objective": dict,  # beside them `scaler`, fp16's, empty with other precisions
-    "epoch": int,  # the last one that is done, from 0
-    "history": list,  # a record per epoch: the lines of metrics.jsonl
-    "args": dict,  # every flag
-    "data": dict,  # what the images are (data/__init__.py)
-    "starts": list,  # per start of the command: its first epoch, and the machine
-    "changes": list,  # flags that were changed on resume, by --allow_change
-    "test": (dict, type(None)),  # the test split's metrics and temperatures of a finished run with --val_split
-    "finished": bool,
-}
-STATES = ("model", "optimizer", "objective")
+STATES = ("model", "optimizer", "objective", "scaler")  # the last, fp16's, is empty with other precisions
 
 
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict with ENTRIES.
+class Checkpoint(NamedTuple):
+    """A run as it was after its last epoch. The file is a dict of the states, the record as JSON, and `epoch`, the
+    number of that epoch from 0."""
+
+    file: Path
+    run: RunRecord
+    states: dict[str, dict]  # by STATES
+
+    @property
+    def epoch(self) -> int:
+        return len(self.run.history) - 1
+
+
+def write_checkpoint(path: Path, states: dict[str, dict], run: dict) -> None:
+    """Write the states and a run's record, as `to_json` returns it.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save({**states, "epoch": len(run["history"]) - 1, **run}, buffer)
     write_atomic(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint that this program wrote, onto the CPU.
 
     Raises:
@@ -57,28 +59,28 @@ def load_checkpoint(path: Path) -> dict:
         if damaged is not None:
             raise ValueError(f"the checksum of its part {damaged} is wrong")
         content.seek(0)
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        _check_structure(checkpoint)
+        entries = torch.load(content, map_location="cpu", weights_only=True)
+        return _from_entries(path, entries)
     except Exception as e:  # unpickling a foreign file can raise anything
         raise UserError(f"{path} is not a valid checkpoint ({first_line(e)})") from None
-    return checkpoint
 
 
-def _check_structure(checkpoint) -> None:
-    """Raises an exception whose message says what is wrong with the structure of a checkpoint."""
-    if not isinstance(checkpoint, dict):
-        raise TypeError(f"it holds a {type(checkpoint).__name__}")
-    if "history" in checkpoint and "data" not in checkpoint:
-        raise ValueError("an older version wrote it, without a record of its images; train anew")
-    for name, kind in ENTRIES.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise TypeError(f"{name} is missing or of another type")
-    json.dumps([checkpoint[name] for name in ENTRIES if name not in STATES])  # plain values, as the exports need
-    history = checkpoint["history"]
-    if len(history) != checkpoint["epoch"] + 1 or [r["epoch"] for r in history] != list(range(len(history))):
+def _from_entries(path: Path, entries: dict) -> Checkpoint:
+    """Raises an exception whose message says what is wrong with the content of a checkpoint."""
+    if not isinstance(entries, dict) or "history" not in entries:
+        raise TypeError(f"it holds a {type(entries).__name__} without a history")
+    if "exits" in entries["history"][-1]:
+        raise ValueError("an older version wrote it; train anew")
+    states = {name: entries.pop(name) for name in STATES}
+    epoch = entries.pop("epoch")
+    json.dumps(entries)  # plain values, as the exports need
+    run = from_json(RunRecord, entries)
+    if [record.epoch for record in run.history] != list(range(epoch + 1)):
         raise ValueError("its history is not one record per epoch")
-    if not checkpoint["starts"]:
+    if not run.starts:
         raise ValueError("it has no start")
+    best_epoch(run.history)  # every epoch has a final classifier
+    return Checkpoint(path, run, states)
 
 
 @contextlib.contextmanager
@@ -93,8 +95,8 @@ def reading(source):
         raise UserError(f"{source} does not hold what this program writes ({first_line(e)})") from e
 
 
-def load_states(checkpoint: dict, source, **owners) -> None:
-    """Load the owners' states (`model`, `objective`, `optimizer`) from the checkpoint's entries of the same names.
+def load_states(checkpoint: Checkpoint, **owners) -> None:
+    """Load the owners' states (`model`, `objective`, `optimizer`, `scaler`) from the checkpoint's of the same names.
 
     An optimiser keeps its own settings, learning rate, momentum and so on: the flags decide them, not the file.
 
@@ -102,19 +104,20 @@ def load_states(checkpoint: dict, source, **owners) -> None:
         UserError: a state has other names or shapes than what the flags built, or values that are not finite.
     """
     optimizer = owners.get("optimizer")
+    # Before the model's weights are loaded over them: a weight that is still as it was has no momentum to miss.
     initial = [p.detach().clone() for p in _parameters(optimizer)]
     for name, owner in owners.items():
         try:
             if owner is optimizer:
-                tensors = _load_momentum(optimizer, checkpoint[name], initial)
+                tensors = _load_momentum(optimizer, checkpoint.states[name], initial)
             else:
-                owner.load_state_dict(checkpoint[name])
+                owner.load_state_dict(checkpoint.states[name])
                 tensors = owner.state_dict().values()
-            if not all(tensor.isfinite().all() for tensor in tensors):
+            if not all(tensor.isfinite().all() for tensor in tensors if torch.is_tensor(tensor)):
                 raise ValueError("numbers that are not finite")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
-            raise UserError(f"{source}: its {name} state does not match these flags ({reason})") from None
+            raise UserError(f"{checkpoint.file}: its {name} state does not match these flags ({reason})") from None
 
 
 def _parameters(optimizer) -> list[torch.Tensor]:
@@ -138,21 +141,21 @@ def _load_momentum(optimizer, state: dict, initial: list[torch.Tensor]) -> list[
     return found
 
 
-def find_checkpoint(path: Path) -> tuple[dict, Path, str]:
-    """The checkpoint that a path means, that file itself or the newest intact one of a run directory; its file; and a
-    note for the user, empty where all is well.
+def find_checkpoint(path: Path) -> tuple[Checkpoint, str]:
+    """The checkpoint that a path means, that file itself or the newest intact one of a run directory; and a note for
+    the user, empty where all is well.
 
     Raises:
         UserError: there is none, or none that is intact.
     """
     if not path.is_dir():
-        return load_checkpoint(path), path, ""
+        return load_checkpoint(path), ""
     if not any((path / name).exists() for name in (LAST, PREVIOUS)):
         raise UserError(f"{path} holds no checkpoint: give a run directory, or a checkpoint file")
     problems = []
     for file in (path / LAST, path / PREVIOUS):
         try:
-            return load_checkpoint(file), file, "".join(f"{problem}: using {file}" for problem in problems)
+            return load_checkpoint(file), "".join(f"{problem}: using {file}" for problem in problems)
         except UserError as e:
             problems.append(str(e))
     raise UserError(f"{'; '.join(problems)}: start over with --overwrite or another --run_name")

@@ -2,13 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
+from utils import distributed, launch
+from utils.compile import Compiled
+from utils.errors import phase
 from utils.metrics import all_metrics, per_sample, rows_per_chunk
+from utils.records import Classifiers, classifier_names
 
 
 def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
@@ -77,7 +80,7 @@ class Meter:
             self.names = list(parts)
             self.sums = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         # A part's mean over processes is the global batch's (loss/objective.py); wrong predictions just add up.
-        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / distributed.world_size())
+        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / launch.WORLD.size)
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
         self.num_wrong += (logits.argmax(dim=1) != classes).sum()
 
@@ -88,7 +91,7 @@ class Meter:
 
     def local_means(self) -> dict[str, float]:
         """An estimate of `means` from this process's shard alone."""
-        return self._means(self._all_sums() * distributed.world_size())
+        return self._means(self._all_sums() * launch.WORLD.size)
 
     def _all_sums(self) -> Tensor:
         return torch.cat([self.sums, self.num_wrong.double()[None]])
@@ -102,10 +105,10 @@ class TrainStep:
     """Forward, loss, backward, update and meter of one batch.
 
     Args:
-        model: the network, in training mode, as it is or as CompiledNetwork or DistributedDataParallel wrap it.
+        model: the network, in training mode, as it is or as Compiled and DistributedDataParallel wrap it.
         objective: `objective(outputs, labels, index, batch_size) -> (loss, parts)`.
         precision: `--precision`, under which the network computes.
-        compile: run the objective through torch.compile, as CompiledNetwork runs the network.
+        compile: run the objective through torch.compile.
         transform: the place where a batch may be changed before it is trained on:
             `transform(images (N, 3, S, S), labels (N,)) -> (images, soft labels (N, K))`. It runs at the beginning of
             every step, outside of what is compiled or captured. None leaves batches as they are.
@@ -133,15 +136,12 @@ class TrainStep:
         self.device, self.precision = device, precision
         self.meter = Meter(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.compiled_objective = torch.compile(objective, dynamic=False) if compile else objective
-        self.compiled_size = None  # of the first batch
+        self.loss = Compiled(objective) if compile else objective
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
         with autocast(self.precision, self.device):
             outputs = self.model(images)
-        self.compiled_size = self.compiled_size or batch_size
-        objective = self.compiled_objective if batch_size == self.compiled_size else self.objective
-        loss, parts = objective(outputs, labels, index, batch_size)
+        loss, parts = self.loss(outputs, labels, index, batch_size)
         return loss, parts, outputs.logits
 
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
@@ -198,6 +198,7 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
 
 
 @torch.no_grad()
+@phase("evaluation")
 def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     """Logits of every classifier for a complete split, shallow to deep, the final one last: (B, M, K) float32, and
     labels (M,). Every process has all of them."""
@@ -218,34 +219,29 @@ def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     return distributed.all_reduce_sum_(logits), distributed.all_reduce_sum_(all_labels)
 
 
-def evaluate(logits: Tensor, labels: Tensor, trained_exits: list[bool]) -> dict:
-    """Metrics of every classifier and of their ensemble.
+@phase("evaluation")
+def evaluate(logits: Tensor, labels: Tensor, trained: list[str]) -> Classifiers:
+    """Metrics (`utils.records.METRICS`) of every classifier that a loss trains and, if there are several, of their
+    `ensemble`, the mean of their probabilities.
 
     Args:
         logits: (B, M, K), shallow to deep, the final classifier last, as `predict` returns them.
         labels: (M,).
-        trained_exits: B - 1 flags: whether a loss trains that exit's classifier.
-
-    Returns:
-        `val`: the final classifier's metrics, those of `utils.metrics.METRICS`; `exits`: each exit's, None for an
-        untrained one; `ensemble`: those of the mean of all trained classifiers' probabilities, None with one
-        classifier.
+        trained: the classifiers' names, shallow to deep.
 
     Raises:
         NonFiniteError: logits that are not finite.
     """
-    *exits, final = logits
-    trained = [e for e, is_trained in zip(exits, trained_exits, strict=True) if is_trained]
-    classifiers = [*trained, final]
-    if trained:
-        classifiers.append(ensemble_logits(classifiers))
-    samples = torch.stack([per_sample(z, labels) for z in classifiers])
-    metrics = [all_metrics(of_classifier) for of_classifier in samples.cpu()]
+    members = by_classifier(logits, trained)
+    if len(members) > 1:
+        members["ensemble"] = ensemble_logits(list(members.values()))
+    samples = torch.stack([per_sample(z, labels) for z in members.values()])
+    return dict(zip(members, map(all_metrics, samples.cpu()), strict=True))
 
-    ensemble = metrics.pop() if trained else None
-    val = metrics.pop()
-    of_exits = iter(metrics)
-    return {"val": val, "exits": [next(of_exits) if ok else None for ok in trained_exits], "ensemble": ensemble}
+
+def by_classifier(logits: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Of logits (B, M, K), shallow to deep, those of the named classifiers: (M, K) each."""
+    return {name: z for name, z in zip(classifier_names(len(logits)), logits, strict=True) if name in names}
 
 
 def ensemble_logits(members: list[Tensor]) -> Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
 from utils.errors import UserError
 
@@ -91,7 +90,7 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
+def write_arrays(path: Path, **arrays) -> None:
     """Write tensors as an .npz file."""
     buffer = io.BytesIO()
     np.savez(buffer, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from utils import figures
 from utils.errors import tell
-from utils.metrics import SHOWN, shown_metrics
-from utils.records import classifiers, results_table
+from utils.exports import report
+from utils.records import SHOWN, EpochRecord, RunRecord, shown_metrics, to_json
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
 COLUMNS = [*(f"final/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
@@ -54,7 +54,7 @@ class Logger:
                     means = meter.local_means()  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
-    def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[dict]) -> None:
+    def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[EpochRecord]) -> None:
         """Before the first epoch of this command: what is trained, warnings, the flags that define it, the records of
         earlier epochs, and images of the training loader's current epoch."""
         if self.silent:
@@ -68,33 +68,35 @@ class Logger:
         for summary in hparams(flags, dict.fromkeys(COLUMNS))[:2]:  # add_hparams would write all scalars again
             self._board.file_writer.add_summary(summary)
         for record in history:
-            self._write(record["epoch"], scalars(record))
+            self._write(record.epoch, scalars(record))
         self._write(loader.epoch, {}, figures.training_images(loader))
 
-    def epoch(self, record: dict) -> None:
+    def epoch(self, record: EpochRecord) -> None:
         """After an epoch: its line of metrics.jsonl to TensorBoard, and a summary with the time left to the console."""
-        self._write(record["epoch"], scalars(record))
-        done = record["epoch"] + 1
-        parts = [f"{name} {value:.4f}" for name, value in record["train"].items() if name not in ("loss", "top1_error")]
-        loss = f"loss {record['train']['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
-        seconds = record["seconds"] + record["seconds_validation"] + record["seconds_saving"]
+        self._write(record.epoch, scalars(record))
+        done = record.epoch + 1
+        parts = [f"{name} {value:.4f}" for name, value in record.train.items() if name not in ("loss", "top1_error")]
+        loss = f"loss {record.train['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
+        seconds = record.seconds + record.seconds_validation + record.seconds_saving
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
-        metrics = [f"{m.heading} {record['val'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
+        metrics = [f"{m.heading} {record.val['final'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
         self.info(
-            f"epoch {done}/{self.num_epochs}  lr {record['lr']:.4g}  {loss}"
-            f"  top-1 err {record['train']['top1_error']:.2f}  | val {'  '.join(metrics)}"
-            f"  | {record['images_per_second']:.0f} img/s, {left} left"
+            f"epoch {done}/{self.num_epochs}  lr {record.lr:.4g}  {loss}"
+            f"  top-1 err {record.train['top1_error']:.2f}  | val {'  '.join(metrics)}"
+            f"  | {record.images_per_second:.0f} img/s, {left} left"
         )
+        if record.skipped_steps:
+            self.info(f"note: steps skipped because scaled gradients overflowed (fp16): {record.skipped_steps}")
 
-    def finish(self, results: dict, logits: Tensor, labels: Tensor, loader) -> None:
-        """After the last epoch: figures, the test split's metrics, and the table of results.json's content.
+    def finish(self, run: RunRecord, logits: Tensor, labels: Tensor, loader) -> None:
+        """After the last epoch: figures, the test split's metrics, and the table of the results.
 
         logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
         """
-        test = results["test"]["last"]["val"] if results.get("test") else {}
-        values = {f"test/{name}": value for name, value in shown_metrics(test).items()}
-        self._write(results["last"]["epoch"], values, figures.predictions(logits.cpu(), labels.cpu(), loader))
-        self.info(results_table(results))
+        test = run.test["last"].metrics if run.test else None
+        values = {f"test/{name}": value for name, value in shown_metrics(test["final"]).items()} if test else {}
+        self._write(run.history[-1].epoch, values, figures.predictions(logits.cpu(), labels.cpu(), loader))
+        self.info(report(run))
 
     def close(self) -> None:
         self._board.close()
@@ -116,10 +118,10 @@ class Logger:
             raise OSError(error.errno, error.strerror, self._board.log_dir) from None
 
 
-def scalars(record: dict) -> dict[str, float]:
+def scalars(record: EpochRecord) -> dict[str, float]:
     """A line of metrics.jsonl by TensorBoard's names: `train/…`, `exit 1/…`, `final/…`, `ensemble/…`, `run/…`."""
-    values = {f"run/{name}": value for name, value in record.items() if isinstance(value, (int, float))}
-    for group, metrics in {"train": record["train"], **classifiers(record)}.items():
+    values = {f"run/{name}": value for name, value in to_json(record).items() if isinstance(value, (int, float))}
+    for group, metrics in {"train": record.train, **record.val}.items():
         for name, value in shown_metrics(metrics).items():
             values[f"{group}/{name}"] = value
     return values

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import NonFiniteError
-from utils.records import METRICS, SHOWN
+from utils.records import shown_metrics
 
 NUM_BINS = 10  # of ECE, as the paper
 NUM_ADAPTIVE_BINS = 15  # of adaptive ECE
@@ -12,49 +12,24 @@ CHUNK = 2**18  # logits that are in memory as float64 at a time: 2 MB, about a p
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of M predictions over K classes.
-
-    Args:
-        logits: (M, K), any floating type; probabilities are their softmax in float64.
-        labels: (M,) int64.
-
-    Returns:
-        `top1_error`, `top5_error` and `ece` in percent, `nll` in nats, `aurc` and `eaurc` times 1000.
-
-    Where logits tie, the lower class comes first; with fewer than 6 classes top-5 error is 0. None of the
-    values depends on the order of the samples.
-
-    Raises:
-        NonFiniteError: NaN or +inf among the logits.
-        ValueError: no samples, shapes that do not fit, labels out of range.
-    """
+    """The metrics that are shown by default, as `all_metrics` computes them, of logits (M, K) and labels (M,)."""
     return shown_metrics(all_metrics(per_sample(logits, labels).cpu()))
 
 
-def extended_metrics(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """More metrics of the same predictions: arguments, order of samples and what is raised as there.
+def all_metrics(samples: Tensor) -> dict[str, float | None]:
+    """Every metric in METRICS of M predictions over K classes.
+
+    Args:
+        samples: (4, M), what `per_sample` returns, on the CPU: sorting on a GPU would wait for it many times.
 
     Returns:
-        `augrc`: see `augrc`, times 1000.
-        `auroc_failure`: see `auroc_failure`, in percent; None where no prediction or every prediction is wrong.
-        `brier`: mean over samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950).
-        `adaptive_ece`: see `adaptive_calibration_error`, in percent.
-    """
-    values = all_metrics(per_sample(logits, labels).cpu())
-    return {name: value for name, value in values.items() if name not in SHOWN}
-
-
-def shown_metrics(record: dict) -> dict:
-    """A record's entries without the metrics that are not shown by default."""
-    return {name: value for name, value in record.items() if name in SHOWN or name not in METRICS}
-
-
-def all_metrics(samples: Tensor) -> dict[str, float | None]:
-    """Every metric in METRICS, of what `per_sample` returns, (4, M), which is on the CPU: sorting on a GPU would wait
-    for it many times.
+        `top1_error`, `top5_error`, `ece` and `adaptive_ece` in percent, `nll` in nats; `aurc`, `eaurc` and `augrc`
+        times 1000; `auroc_failure` in percent, None where no prediction or every prediction is wrong; `brier`: mean
+        over samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950). Where logits tie, the lower class comes first; with
+        fewer than 6 classes top-5 error is 0. None of the values depends on the order of the samples.
 
     Raises:
-        NonFiniteError: as `classification_metrics`.
+        NonFiniteError: NaN or +inf among the logits.
     """
     confidence, rank, nll, brier = samples
     if not confidence.isfinite().all():  # a NaN or +inf in a row makes it NaN
@@ -70,7 +45,7 @@ def all_metrics(samples: Tensor) -> dict[str, float | None]:
         "nll": nll.mean().item(),
         "ece": 100 * expected_calibration_error(confidence, error).item(),
         "aurc": 1000 * aurc.item(),
-        "eaurc": 1000 * (aurc - best_aurc).item(),
+        "eaurc": 1000 * (aurc - best_aurc).clamp(min=0).item(),
         "augrc": 1000 * augrc(confidence, error).item(),
         "auroc_failure": None if auroc is None else 100 * auroc.item(),
         "brier": brier.mean().item(),
@@ -106,16 +81,17 @@ def per_sample(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tens
 def _per_sample(logits: Tensor, labels: Tensor) -> Tensor:
     """`per_sample` of one chunk in float64."""
     label = labels[:, None]
-    log_norm = logits.logsumexp(dim=1, keepdim=True)
-    confidence = (logits.amax(dim=1, keepdim=True) - log_norm).exp()
+    log_probabilities = logits.log_softmax(dim=1)  # exact also where logits are huge and tie
+    probabilities = log_probabilities.exp()
+    confidence = probabilities.amax(dim=1)
+    nll = -log_probabilities.gather(1, label)
     of_label = logits.gather(1, label)
-    nll = log_norm - of_label
     before = torch.arange(logits.shape[1], device=logits.device) < label
     rank = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
     # probability minus 1 at the label, minus 0 elsewhere
-    difference = (logits - log_norm).exp_().scatter_add_(1, label, -torch.ones_like(of_label))
+    difference = probabilities.scatter_add_(1, label, -torch.ones_like(of_label))
     brier = difference.square_().sum(dim=1)
-    return torch.stack([confidence[:, 0], rank.double(), nll[:, 0], brier])
+    return torch.stack([confidence, rank.double(), nll[:, 0], brier])
 
 
 def confidence_and_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import data
 from data import augment, loader, readers, synthetic
 from data.images import ReadOptions
 from utils.errors import UserError
+from utils.launch import World
 
 
 def split_of(num):
@@ -165,14 +166,13 @@ def set_process(monkeypatch):
 
     def call(rank, world_size):
         monkeypatch.setattr("utils.distributed.local_rank_0_first", lambda make: make())
-        monkeypatch.setattr("utils.distributed.world_size", lambda: world_size)
-        monkeypatch.setattr("utils.distributed.rank", lambda: rank)
+        monkeypatch.setattr("utils.launch.WORLD", World(rank, world_size))
 
     return call
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["train", "val"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_shards_of_the_processes_make_up_every_batch(small_set, set_process, world_size, number):
     single = list(build()[number])
     shards = []
@@ -183,7 +183,7 @@ def test_shards_of_the_processes_make_up_every_batch(small_set, set_process, wor
         torch.testing.assert_close(join(parts), list(batch), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_fewer_images_in_a_batch_than_processes_are_refused(small_set, set_process, world_size):
     set_process(0, world_size)
     with pytest.raises(UserError, match=f"holds 1 of 49 images, fewer than the {world_size} processes"):
