@@ -45,7 +45,7 @@ def all_metrics(samples: Tensor) -> dict[str, float | None]:
         "nll": nll.mean().item(),
         "ece": 100 * expected_calibration_error(confidence, error).item(),
         "aurc": 1000 * aurc.item(),
-        "eaurc": 1000 * (aurc - best_aurc).clamp(min=0).item(),
+        "eaurc": 1000 * (aurc - best_aurc).item(),
         "augrc": 1000 * augrc(confidence, error).item(),
         "auroc_failure": None if auroc is None else 100 * auroc.item(),
         "brier": brier.mean().item(),
@@ -84,7 +84,7 @@ def _per_sample(logits: Tensor, labels: Tensor) -> Tensor:
     log_probabilities = logits.log_softmax(dim=1)  # exact also where logits are huge and tie
     probabilities = log_probabilities.exp()
     confidence = probabilities.amax(dim=1)
-    nll = -log_probabilities.gather(1, label)
+    nll = log_probabilities.gather(1, label).abs()  # the negative of 0 would be printed with a sign
     of_label = logits.gather(1, label)
     before = torch.arange(logits.shape[1], device=logits.device) < label
     rank = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
