@@ -241,12 +241,14 @@ def check_machine(args: argparse.Namespace, fail) -> None:
         fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
     if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
         fail("argument --precision: fp16 needs a GPU of compute capability 7.0 or higher; use fp32")
-    if args.sync_bn and not on_gpu and not args.val_only:
+    if args.val_only:  # what follows concerns training
+        return
+    if args.sync_bn and not on_gpu:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
     if args.cuda_graph and not (on_gpu and distributed.num_launched() == 1):
         fail("argument --cuda_graph: needs one GPU and one process")
     processes = distributed.num_launched()
-    if args.batch_size % processes and not args.val_only:
+    if args.batch_size % processes:
         below = args.batch_size // processes * processes
         near = f"{below} or {below + processes}" if below else str(processes)
         fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {processes} processes; use {near}")
@@ -272,9 +274,12 @@ def _check_paths(args: argparse.Namespace, fail) -> None:
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
 
 
-def notes(args, device: torch.device) -> list[str]:
-    """Warnings of flags that are allowed but probably not intended."""
+def notes(args, given: set[str], device: torch.device) -> list[str]:
+    """Warnings of flags that are allowed but probably not intended; `given` are those on the command line."""
     found = []
+    if args.lr_schedule == "cosine":
+        unused = sorted(given & {"lr_decay_rate", "lr_decay_schedule"})
+        found += [f"--{name} has no effect with --lr_schedule cosine" for name in unused]
     drops = args.lr_schedule == "cosine" or any(epoch < args.end_epoch for epoch in args.lr_decay_schedule)
     if not drops:
         schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"

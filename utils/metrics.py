@@ -84,7 +84,7 @@ def _per_sample(logits: Tensor, labels: Tensor) -> Tensor:
     log_probabilities = logits.log_softmax(dim=1)  # exact also where logits are huge and tie
     probabilities = log_probabilities.exp()
     confidence = probabilities.amax(dim=1)
-    nll = log_probabilities.gather(1, label).abs()  # the negative of 0 would be printed with a sign
+    nll = -log_probabilities.gather(1, label)
     of_label = logits.gather(1, label)
     before = torch.arange(logits.shape[1], device=logits.device) < label
     rank = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
