@@ -106,7 +106,8 @@ def default_run_name(args) -> str:
 def evaluation_name(args) -> str:
     """`<run>_val`, or for another checkpoint of it than the last `<run>_<checkpoint>_val`."""
     path = Path(args.resume).resolve()
-    names = [path.name] if path.is_dir() or path.name == LAST else [path.parent.name, path.stem]
+    path = path.parent if path.name == LAST else path
+    names = [path.name] if path.is_dir() else [path.parent.name, path.stem]
     return "_".join([*names, "val"])
 
 
@@ -377,6 +378,8 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     vars(own).update(run.args, val_only=True, device=args.device, workers=args.workers)
     vars(own).update({name: getattr(args, name) for name in given})
     with reading(file):
+        for package in (loss, data, models):
+            package.check_flags(own, fail)
         flags.check_machine(own, fail)
         model = build_model(own, len(run.data.class_names))
         load_states(checkpoint, model=model)
