@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, files, forge, read, read_checkpoint, read_records, train, val_only
+from helpers import bits, files, forge, read, read_checkpoint, train, val_only
 
 import main
 from utils import run_directory
@@ -42,7 +42,7 @@ def test_flag_that_one_version_lacks_has_its_default():
 
 
 def test_other_flags_are_refused_by_name():
-    with pytest.raises(UserError, match="^run/checkpoint_last.pth .*: DML True -> False, lr 0.1 -> 0.2; .*--weights"):
+    with pytest.raises(UserError, match=r"^run/checkpoint_last.pth .*: DML True -> False, lr 0.1 -> 0.2; .*--weights"):
         changes({"lr": 0.2}, {"DML": True})
 
 
