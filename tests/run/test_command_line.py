@@ -161,7 +161,9 @@ def test_allow_end_epoch_change_is_one_of_the_allowed_changes():
 
 def test_a_note_says_that_the_learning_rate_never_drops():
     def notes(*words):
-        return flags.notes(main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), torch.device("cpu"))
+        return flags.notes(
+            main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), set(), torch.device("cpu")
+        )
 
     assert notes() == notes("--end_epoch", "2", "--lr_schedule", "cosine") == []
     assert "the learning rate never drops" in notes("--end_epoch", "150")[0]

@@ -202,7 +202,7 @@ def test_a_skipped_step_keeps_its_loss_and_predictions():
 
 
 def test_fp16_on_a_cpu_is_accepted_with_a_note():
-    notes = flags.notes(parse("--precision fp16"), CPU)
+    notes = flags.notes(parse("--precision fp16"), set(), CPU)
     assert any("fp16 on a CPU" in note for note in notes)
 
 
