@@ -118,7 +118,7 @@ class RunDirectory:
     def _acquire_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)  # may be a pipe
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
             self._lock = os.fdopen(descriptor)
         except OSError as e:
             raise UserError(f"{self.path} cannot be used as a run directory: {e.strerror}") from None
