@@ -72,7 +72,7 @@ def build_parser() -> Parser:
 RUNTIME_FLAGS = build_parser().names("runtime", "machine") | {"exits"}
 PER_MACHINE = build_parser().names("machine")  # in which the processes of one run may differ
 # Beside --val_only --resume RUN, flags that say where and how to compute; all others are the run's.
-OF_EVALUATION = {"data_path", "device", "precision", "workers", "experiments_dir", "run_name"}
+OF_EVALUATION = {"data_path", "device", "precision", "workers", "experiments_dir", "run_name", "limit_val"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -268,7 +268,7 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
     if args.weights is not None:
         line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
-        if distributed.is_main() and checkpoint is None:
+        if launch.WORLD.is_main and checkpoint is None:
             tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
     states = {"model": model, "objective": objective, "optimizer": optimizer}
@@ -408,8 +408,8 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
     if run.data.selects_on_val:
-        found = loaders["val"].record.splits["val"] if "val" in loaders else None
-        if found != run.data.splits.get("val"):
+        name = "train_and_val" if "train_and_val" in run.data.splits else "val"  # the former is not cut by --limit_val
+        if "val" not in loaders or loaders["val"].record.splits.get(name) != run.data.splits[name]:
             split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other validation images than {file} was selected on")
