@@ -14,10 +14,10 @@ from helpers import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from utils import figures
+from utils import figures, records
 from utils.exports import report
 from utils.logger import Logger
-from utils.records import METRICS, DataRecord, EpochRecord, RunRecord, TestRecord, from_json
+from utils.records import METRICS, DataRecord, EpochRecord, RunRecord, from_json
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
 LABELS = torch.arange(6) % 3
