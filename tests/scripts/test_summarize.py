@@ -67,9 +67,7 @@ def test_the_papers_setting_is_main_pys_defaults():
 
 
 def test_help_needs_neither_pytorch_nor_main():
-    code = (
-        "import sys, summarize\ntry: summarize.main(['--help'])\nfinally: print({'torch', 'main'} & set(sys.modules))"
-    )
+    code = "import sys, summarize\ntry: summarize.main(['--help'])\nfinally: print({'torch', 'main'} & {*sys.modules})"
     environment = {**os.environ, "PYTHONPATH": str(RESULTS.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.startswith("usage")
