@@ -7,6 +7,7 @@ assembles them.
 import argparse
 import difflib
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -130,9 +131,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--lr_decay_schedule",
         type=number_type(int, 1, 10**9),
         nargs="*",
-        default=[150, 225],
         metavar="EPOCH",
-        help="step: epochs, ascending, at which the rate drops (default: 150 225, paper)",
+        help="step: epochs, ascending, at which the rate drops (default: 1/2 and 3/4 of --end_epoch, paper)",
         also="milestones",
     )
     text = "increase the rate linearly over the first N epochs: --lr / (N + 1), 2 --lr / (N + 1), ..."
@@ -166,8 +166,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=MAY_CHANGE,
         default=[],
         metavar="NAME",
-        help="let these differ on resume, and record it: end_epoch, precision, processes (default: none, since a run is"
-        " then no longer what one command computes)",
+        help="let these differ on resume, and record it: end_epoch, and with it the default of --lr_decay_schedule;"
+        " lr_decay_schedule, precision, processes (default: none, since a run is then no longer what one command"
+        " computes)",
     )
     switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
     text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"
@@ -195,6 +196,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace, fail) -> None:
     """Check the flags of this module, and resolve `auto`; `fail(message)` reports an error and does not return."""
+    if args.lr_decay_schedule is None:
+        args.lr_decay_schedule = sorted({math.ceil(args.end_epoch / 2), math.ceil(3 * args.end_epoch / 4)})
+        if "end_epoch" in args.allow_change:
+            args.allow_change.append("lr_decay_schedule")
     if sorted(set(args.lr_decay_schedule)) != args.lr_decay_schedule:
         fail(f"argument --lr_decay_schedule: {args.lr_decay_schedule} must ascend")
     if args.warmup_epochs and args.warmup_epochs >= args.end_epoch:
@@ -275,10 +280,6 @@ def _check_paths(args: argparse.Namespace, fail) -> None:
 def notes(args, device: torch.device) -> list[str]:
     """Warnings of flags that are allowed but probably not intended."""
     found = []
-    drops = args.lr_schedule == "cosine" or any(epoch < args.end_epoch for epoch in args.lr_decay_schedule)
-    if not drops:
-        schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"
-        found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
     if args.precision == "fp16" and device.type == "cpu":

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from helpers import read_records, run
 from hypothesis import given, settings
@@ -23,7 +22,6 @@ from hypothesis import strategies as st
 import main
 from loss import METHODS
 from models import MODELS
-from utils import flags
 
 WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words of the answer, in this order
     ("--PSDK", "--PSDK"),
@@ -152,19 +150,17 @@ def test_saved_flags_that_this_program_lacks_are_named(saved, message):
     main.parse_args([], fail, {"confidence_penalty": 0.0})  # off
 
 
-def test_allow_end_epoch_change_is_one_of_the_allowed_changes():
-    for words in (["--allow_end_epoch_change"], ["--allow_change", "end_epoch"]):
-        assert main.parse_args(words).allow_change == ["end_epoch"]
-    words = ["--allow_end_epoch_change", "--allow_change", "processes", "precision"]
-    assert main.parse_args(words).allow_change == ["end_epoch", "precision", "processes"]
+def test_default_drops_may_change_with_the_length():
+    words = ["--allow_change", "end_epoch"]
+    assert main.parse_args(words).allow_change == ["end_epoch", "lr_decay_schedule"]
+    assert main.parse_args([*words, "--lr_decay_schedule", "150"]).allow_change == ["end_epoch"]
 
 
-def test_a_note_says_that_the_learning_rate_never_drops():
-    def notes(*words):
-        return flags.notes(main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), torch.device("cpu"))
-
-    assert notes() == notes("--end_epoch", "2", "--lr_schedule", "cosine") == []
-    assert "the learning rate never drops" in notes("--end_epoch", "150")[0]
+@pytest.mark.parametrize(
+    ("epochs", "drops"), [(300, [150, 225]), (61, [31, 46]), (4, [2, 3]), (3, [2, 3]), (2, [1, 2]), (1, [1])]
+)
+def test_the_learning_rate_drops_at_a_half_and_three_quarters(epochs, drops):
+    assert main.parse_args(["--end_epoch", str(epochs)]).lr_decay_schedule == drops
 
 
 def power(low: float, high: float):

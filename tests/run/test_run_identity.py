@@ -39,12 +39,20 @@ def test_finished_run_is_extended_by_permission(copied):
     assert load_checkpoint(copied / LAST)["changes"] == [change]
 
 
+def test_default_drops_move_with_the_length(copied):
+    assert train(copied, "--end_epoch", "5", "--allow_change", "end_epoch") == 0
+    changes = [(change["name"], change["before"], change["after"]) for change in read(copied, "config.json")["changes"]]
+    assert changes == [("end_epoch", 3, 5), ("lr_decay_schedule", [2, 3], [3, 4])]
+    assert [record["lr"] for record in read_records(copied)] == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005])
+
+
 def test_other_precision_is_refused_without_permission(stopped, refused):
     assert "--precision fp32 -> bf16" in refused(train, stopped, "--precision", "bf16")
 
 
 def test_permission_is_suggested_only_where_it_suffices(stopped, refused):
     assert "(--allow_change end_epoch " in refused(train, stopped, "--end_epoch", "4")
+    assert "(--allow_change end_epoch lr_decay_schedule " in refused(train, stopped, "--end_epoch", "5")
     error = refused(train, stopped, "--end_epoch", "4", "--seed", "5")
     assert "--end_epoch 3 -> 4" in error
     assert "--allow_change" not in error

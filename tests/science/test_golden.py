@@ -219,7 +219,7 @@ def test_alpha_t_of_every_epoch(epochs):
 
 @pytest.mark.parametrize("epochs", [300, 3])
 def test_learning_rate_of_every_epoch(epochs):
-    schedule = build_schedule(flags("--end_epoch", str(epochs)))
+    schedule = build_schedule(flags("--end_epoch", str(epochs), "--lr_decay_schedule", "150", "225"))
     ours = [schedule(epoch) for epoch in range(epochs)]
     assert ours == LOSSES[f"schedule_lr_end{epochs}"].tolist()
 
