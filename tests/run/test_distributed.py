@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import main
 from data import build_loaders
-from loss import build_objective, trained_exits
+from loss import build_objective
 from models import build_model
 from utils import distributed
 from utils.compile import CompiledNetwork
@@ -101,7 +101,9 @@ def epoch_of_steps(flags: str, compile: bool = False) -> dict:
     if args.PSKD:
         fill_memory(objective)
     network = CompiledNetwork(model) if compile else model
-    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all(trained_exits(args)))
+    num_exits = len(model.exits)
+    all_used = len(objective.trained_classifiers(num_exits)) == num_exits + 1
+    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all_used)
     step = TrainStep(network, objective, build_optimizer(args, model), CPU, "fp32", compile)
     train = train_one_epoch(step, loader)["train"]
     parameters = dict(model.named_parameters())
