@@ -379,7 +379,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         raise UserError(f"the flags in {file} are not valid here: {message}")
 
     own = default_args()
-    vars(own).update(run.args, val_only=True, device=args.device, workers=args.workers)
+    vars(own).update(run.args, val_only=True, weights=None, device=args.device, workers=args.workers)
     vars(own).update({name: getattr(args, name) for name in given})
     with reading(file):
         flags.check_machine(own, fail)
