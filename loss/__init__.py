@@ -6,7 +6,7 @@ from loss.byot import BYOT
 from loss.dml import DML, PublishedDML
 from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
-from utils.flags import add_number, add_switch
+from utils.parser import add_number, add_switch
 
 __all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags"]
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.exits import Outputs
-from utils import distributed
+from utils import launch
 from utils.records import classifier_names
 
 
@@ -104,7 +104,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """labels, classes (N,) int64 or probabilities (N, K); index (N,) int64, the images' rows in the training split;
         batch_size, the number of images over all processes (default: N times the number of processes)."""
-        processes = distributed.world_size()
+        processes = launch.WORLD.size
         batch_size = batch_size or processes * len(labels)
         targets = labels if self.soften is None else self.soften(outputs, labels, index)
         parts = {}

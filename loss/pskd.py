@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loss.objective import SoftLabels, one_hot
 from models.exits import Outputs
-from utils import distributed
+from utils import distributed, launch
 
 
 class ProgressiveTargets(SoftLabels):
@@ -63,7 +63,7 @@ class ProgressiveTargets(SoftLabels):
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Bring together the rows that the processes wrote in this epoch."""
-        if distributed.world_size() > 1:
+        if launch.WORLD.size > 1:
             self.memory[~self.seen] = 0.0
             distributed.all_reduce_sum_(self.memory)
         self.seen.zero_()

@@ -11,7 +11,7 @@ from models.exits import AttentionExit, Backbone, BottleneckExit, MultiExitNetwo
 from models.load import load_run, load_weights, read_weights
 from models.resnet import resnet
 from utils.errors import UserError
-from utils.flags import add_flag, add_number, add_path
+from utils.parser import add_flag, add_number, add_path
 
 __all__ = ["ALIASES", "MODELS", "Outputs", "add_flags", "build_model", "check_flags", "load_run", "load_weights"]
 

@@ -28,12 +28,12 @@ from data import build_loaders
 from loss import METHODS, build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
-from utils.compile import CompiledNetwork
+from utils.compile import Compiled
 from utils.cuda_graph import GraphedStep
 from utils.distributed import local_device
 from utils.engine import TrainStep, build_optimizer, train_one_epoch
-from utils.flags import number_type
 from utils.machine import environment, set_up_torch
+from utils.parser import Parser, number_type
 
 CONFIGS = {  # name -> flags of main.py; the reference and _nchw keep weights and images in NCHW
     "reference": "--precision=fp32",
@@ -60,7 +60,7 @@ class ReferenceImages(Dataset):
 
     def __init__(self, loader):
         crop = transforms.RandomCrop(loader.image_size, padding=loader.image_size // 8)
-        to_tensor = transforms.ToTensor(), transforms.Normalize(loader.mean, loader.std)
+        to_tensor = transforms.ToTensor(), transforms.Normalize(loader.record.mean, loader.record.std)
         self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
         self.raw_images = list(map(transforms.ToPILImage(), loader.raw_images(torch.arange(loader.num_samples))))
         self.labels = loader.labels.tolist()
@@ -113,7 +113,7 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
         if args.PSKD:
             objective.soften = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
     step_type = ReferenceStep if is_reference else TrainStep
-    network = CompiledNetwork(model) if args.compile else model
+    network = Compiled(model) if args.compile else model
     step = step_type(network, objective, optimizer, device, args.precision, args.compile)
     if args.cuda_graph:
         step = GraphedStep(step)
@@ -174,9 +174,7 @@ def table(files: list[str]) -> str:
 
 
 def command_line(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add, number = parser.add_argument, number_type(int, 1, 10**6)
     add("--configs", nargs="+", choices=CONFIGS, default=["reference", "eager"], metavar="C", help=", ".join(CONFIGS))
     add("--rounds", type=number, default=5, help="per configuration, after one to warm up (default: 5)")

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import stored_size
 from data.images import list_images, note_skipped, read_image
 from data.loader import Loader
 from data.readers import Split
@@ -27,7 +28,7 @@ from models.exits import MultiExitNetwork
 from utils.calibration import NEVER
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
-from utils.flags import number_type, path_type
+from utils.parser import Parser, number_type, path_type
 from utils.records import classifier_names
 
 BATCH_SIZE = 128
@@ -35,7 +36,7 @@ HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of t
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
     parser.add_argument("images", type=path_type, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     text = f"confidence at which an exit decides (default: {NEVER}, never; results.json has one chosen for the run)"
@@ -102,7 +103,7 @@ def classify(model: MultiExitNetwork, info: dict, paths: list[str], threshold: f
     found, pixels = [], []
     for path in paths:
         try:
-            pixels.append(read_image(path, tuple(info["stored_size"])))
+            pixels.append(read_image(path, stored_size(info["args"])))
             found.append(path)
         except UserError as e:
             tqdm.write(f"error: {printable(str(e))}", file=sys.stderr)

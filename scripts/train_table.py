@@ -22,12 +22,15 @@ import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from paper import BLOCK_FLAGS, ROOT, SETTINGS, table_rows
 
 sys.path.insert(0, str(ROOT))
 
 from utils.errors import run_command, tell
+from utils.parser import Parser
 from utils.records import Change, find_changes
 
 NAMED_FLAGS = {"data_type", "classifier_type", "PSKD", "BYOT", "DML", "seed"}  # in main.py's own name of a run
@@ -92,7 +95,7 @@ def plan(table: str, rows: list[tuple[str, list[str]]], extra: list[str]) -> tup
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "scripts/table1.sh [ROW...] [--dry-run] [-- FLAG...]"
     parser.add_argument("table", choices=("1", "2", "3", "4", "study"), help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)

@@ -24,8 +24,8 @@ def all_metrics(samples: Tensor) -> dict[str, float | None]:
 
     Returns:
         `top1_error`, `top5_error`, `ece` and `adaptive_ece` in percent, `nll` in nats; `aurc`, `eaurc` and `augrc`
-        times 1000; `auroc_failure` in percent, None where no prediction or every prediction is wrong; `brier`: mean over
-        samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950). Where logits tie, the lower class comes first; with
+        times 1000; `auroc_failure` in percent, None where no prediction or every prediction is wrong; `brier`: mean
+        over samples of sum_k (p_k - y_k)^2, in 0..2 (Brier, 1950). Where logits tie, the lower class comes first; with
         fewer than 6 classes top-5 error is 0. None of the values depends on the order of the samples.
 
     Raises:

@@ -81,9 +81,14 @@ class DataRecord:
     class_names: list[str]  # in the labels' order
     mean: list[float]  # of RGB in 0..1
     std: list[float]
-    stored_size: list[int]
     # train, val, test; with --val_split also `train_and_val`, the training images before any are held out
     splits: dict[str, SplitRecord]
+
+    @property
+    def selects_on_val(self) -> bool:
+        """Whether `val` selects the model, and the test split, if there is one, is `test`; or else `val` is the test
+        split."""
+        return "test" in self.splits or "train_and_val" in self.splits
 
 
 @dataclass

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import distributed
+from utils import launch
 from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, find_checkpoint, load_checkpoint, write_checkpoint
 from utils.errors import Interrupted, UserError, tell
 from utils.exports import exports
@@ -56,7 +56,7 @@ class RunDirectory:
         if self.run is not None and error is not None:
             with contextlib.suppress(OSError, UserError):  # the error itself matters more than these files
                 self.export("interrupted" if is_interrupted else "failed")
-        if is_interrupted and distributed.is_main():
+        if is_interrupted and launch.WORLD.is_main:
             what = "nothing saved yet; rerunning starts from scratch"
             if self._num_saved:
                 what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun the same command, without"
@@ -146,7 +146,7 @@ class RunDirectory:
         Raises:
             UserError: the directory cannot be made, or another run has begun there.
         """
-        if not distributed.is_main():
+        if not launch.WORLD.is_main:
             return
         if self._lock is None:
             self._acquire_lock()
@@ -247,7 +247,7 @@ class RunDirectory:
         results.json comes last when the run is finished, else first: so that a status of "finished" never stands
         beside other files than the finished run's.
         """
-        if not distributed.is_main() or not self._num_saved:
+        if not launch.WORLD.is_main or not self._num_saved:
             return
         self.check_lock()
         self._epochs += [to_json(record) for record in self.run.history[len(self._epochs) : self._num_saved]]

@@ -56,8 +56,8 @@ def rename_class() -> None:
         (PHOTOS / split / "a").rename(PHOTOS / split / "z")
 
 
-def exchange_image(photos: Path = PHOTOS) -> None:
-    save_image(photos / "train" / "a" / "2.png")
+def exchange_image(photos: Path = PHOTOS, split: str = "train", number: int = 2) -> None:
+    save_image(photos / split / "a" / f"{number}.png")
 
 
 def add_image() -> None:
@@ -143,17 +143,17 @@ def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
     assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
 
 
-def test_val_only_brings_other_images_to_the_recorded_stored_size(plain_run):
-    """The run's images are 20 x 20, squeezed from 30 x 20 those of the other set would be wrong: they are cut."""
-    for file in (PHOTOS / "test").glob("*/*.png"):
-        with Image.open(file) as image:
-            wide = Image.new("RGB", (30, 20), "red")
-            wide.paste(image, (5, 0))
-        wide.save(file)
-    assert val_only(RUN, OUT) == 0
-    found = read(OUT, "val.json")
-    assert found["images"] == found["images_of_the_run"]
-    assert found["val"] == read(RUN)["last"]["val"]
+def test_own_validation_images_select_and_the_test_split_is_used_at_the_end(plain_run, capsys):
+    shutil.copytree(PHOTOS / "test", PHOTOS / "val")
+    assert train(FLAGS, PHOTOS, Path("new")) == 0
+    results = read(Path("new"))
+    assert results["test"]["last"]["val"] == results["last"]["val"]
+    assert results["test"]["best"]["temperatures"]
+    assert val_only(Path("new"), OUT) == 0
+    assert "8 validation images" in capsys.readouterr().out
+    exchange_image(PHOTOS, "val", 0)
+    assert val_only(Path("new"), OUT) == 0
+    assert "8 test images" in capsys.readouterr().out
 
 
 def test_folder_without_a_test_split_needs_val_split(plain_run, refused):
@@ -180,7 +180,12 @@ def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
     record = read(RUN, "config.json")["data"]
     assert record["class_names"] == ["a", "b"]
     counts = {name: split["images"] for name, split in record["splits"].items()}
-    assert counts == {"train": 12, "val": 4, "test": 8}
+    assert counts == {"train_and_val": 16, "train": 12, "val": 4, "test": 8}
+
+
+def test_record_identifies_the_training_images_before_any_are_held_out(plain, held_out):
+    split, whole = (read(folder / "run", "config.json")["data"]["splits"] for folder in (held_out, plain))
+    assert split["train_and_val"] == whole["train"]
 
 
 def test_record_holds_mean_and_std_of_each_colour(held_out_run):

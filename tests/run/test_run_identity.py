@@ -1,4 +1,4 @@
-"""Which run is this, and what may be removed: other runs' files, stale checkpoints, allowed changes, restarts."""
+"""Which run is this, and what may be removed: other runs' files, stale checkpoints, allowed changes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from helpers import bits, files, read, read_records, train, val_only
 
 import main
-from utils import distributed, run_directory
+from utils import run_directory
 from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint, write_checkpoint
 
 EXPORTS = ("config.json", "metrics.jsonl", "results.json")
@@ -148,41 +148,6 @@ def test_only_temporary_files_of_a_run_are_removed(stopped):
     assert train(stopped) == 0
     names = [file.name for file in stopped.glob("*.tmp")]
     assert names == ["notes.tmp"]
-
-
-def be_launched(monkeypatch, launch: str, is_restart: bool = False) -> None:
-    """As by torchrun."""
-    monkeypatch.setattr(distributed, "launch_id", lambda: launch)
-    monkeypatch.setattr(distributed, "is_restart", lambda: is_restart)
-
-
-def set_launch(file: Path, launch: str) -> None:
-    """As if this launch had begun the run."""
-    starts = load_checkpoint(file)["starts"]
-    starts[-1]["launch"] = launch
-    forge(file, starts=starts)
-
-
-def test_restart_obeys_overwrite_where_an_older_launch_had_begun_the_run(copied, monkeypatch):
-    set_launch(copied / LAST, "older")
-    be_launched(monkeypatch, "newer", is_restart=True)
-    assert train(copied, "--overwrite", "--lr", "0.01") == 0
-    assert first_epochs(copied) == [0]
-    assert read(copied, "config.json")["lr"] == 0.01
-
-
-def test_restart_of_the_same_launch_continues_though_overwrite_was_given(stopped, monkeypatch):
-    set_launch(stopped / PREVIOUS, "the same")
-    be_launched(monkeypatch, "the same", is_restart=True)
-    assert train(stopped, "--overwrite") == 0
-    assert first_epochs(stopped) == [0, 2]
-
-
-def test_run_records_its_launch(stopped, monkeypatch):
-    be_launched(monkeypatch, "this one")
-    assert train(stopped) == 0
-    launches = [start["launch"] for start in load_checkpoint(stopped / LAST)["starts"]]
-    assert launches == [None, "this one"]
 
 
 @pytest.mark.parametrize("name", EXPORTS)

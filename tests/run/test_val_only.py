@@ -27,7 +27,8 @@ FLAGS = (  # none is the default
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = train_on_photos(tmp_path_factory.mktemp("trained"), FLAGS)
-    (folder / "photos" / "decoded-images.npz").unlink()
+    for cache in (folder / "photos").glob("decoded-*"):
+        cache.unlink()
     return folder
 
 

@@ -11,8 +11,9 @@ from helpers import assert_identical
 from loss import build_objective
 from main import parse_args
 from models import build_model
-from utils import distributed, engine, flags, metrics
+from utils import distributed, engine, flags, launch, metrics
 from utils.errors import NonFiniteError
+from utils.launch import World
 from utils.metrics import METRICS, classification_metrics, extended_metrics
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def test_cosine_begins_at_the_full_rate_after_warmup():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_meter_weights_by_images_in_float64(processes, monkeypatch):
     """Of two processes the other one has the same images."""
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(launch, "WORLD", World(size=processes))
     monkeypatch.setattr(distributed, "all_reduce_sum_", lambda sums: sums.mul_(processes))
     meter = engine.Meter(CPU)
     for ce, classes in ((2.0**24, [1, 1, 0]), (1.0, [0, 0, 0]), (2.0, [1])):  # 3 * 2^24 + 5 is not a float32

@@ -263,7 +263,7 @@ def test_load_run_gives_the_trained_network(trained):
 def test_load_run_tells_what_is_needed_to_use_the_network(trained):
     run, val = trained
     _, info = load_run(run)
-    assert info["class_names"] == val.class_names
+    assert info["class_names"] == val.record.class_names
     assert (info["image_size"], info["epoch"], info["args"].width) == (32, 1, 4)
 
 

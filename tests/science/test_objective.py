@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loss.objective import CrossEntropy, Objective, Term
 from main import parse_args
 from models import Outputs
-from utils import distributed
+from utils import launch
+from utils.launch import World
 
 
 class Consistency(Term):
@@ -145,7 +146,7 @@ def test_mean_of_the_losses_of_unequal_shards_is_the_loss_of_the_global_batch(mo
     outputs = random_outputs(seed=2)
     expected_loss, expected_parts = objective(outputs, LABELS, INDEX, batch_size=5)
 
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(launch, "WORLD", World(size=2))
     mean_loss = 0
     mean_parts = dict.fromkeys(expected_parts, 0)
     for process, shard in zip(processes, (INDEX[:3], INDEX[3:]), strict=True):
