@@ -8,9 +8,10 @@ from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
 from utils.parser import add_number, add_switch
 
-__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags"]
+__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "notes"]
 
 METHODS = ("PSKD", "BYOT", "DML")
+HYPERPARAMETERS = {"PSKD": ("alpha_T",), "BYOT": ("alpha", "temperature", "beta", "BYOT_from_k_block")}
 
 
 def add_flags(parser) -> None:
@@ -52,6 +53,15 @@ def check_flags(args, fail) -> None:
             f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} exceeds the number of exits; "
             f"{args.num_resnet_blocks} blocks have exits 1 to {exits}"
         )
+
+
+def notes(args, given: set[str]) -> list[str]:
+    """Warnings of hyper-parameters of methods that are off, among the flags that are given."""
+    found = []
+    for method, names in HYPERPARAMETERS.items():
+        if not getattr(args, method):
+            found += [f"--{name} has no effect without --{method}" for name in names if name in given]
+    return found
 
 
 def build_objective(args, num_samples: int, num_classes: int) -> Objective:

@@ -76,6 +76,11 @@ def read_checkpoint(directory: Path, name: str = LAST) -> dict:
     return torch.load(directory / name, map_location="cpu", weights_only=True)
 
 
+def forge(file: Path, to: Path | None = None, **entries) -> None:
+    """Change entries of a checkpoint, or of a copy of it."""
+    torch.save({**read_checkpoint(file.parent, file.name), **entries}, to or file)
+
+
 def one_line(capsys) -> str:
     """The error, which is all that stands on standard error."""
     error = capsys.readouterr().err

@@ -15,6 +15,7 @@ from utils import figures
 from utils.errors import tell
 from utils.exports import report
 from utils.records import SHOWN, EpochRecord, RunRecord, shown_metrics, to_json
+from utils.run_directory import LOG
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
 COLUMNS = [*(f"final/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
@@ -29,7 +30,7 @@ class Logger:
         if self.silent:
             return
         self._draws = importlib.util.find_spec("matplotlib") is not None
-        self._log = open(directory / "experiment.log", "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._log = open(directory / LOG, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
         # An OSError of TensorBoard's own thread is raised again by the next call: no traceback of the thread as well.
         print_traceback = threading.__excepthook__
         threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else print_traceback(args)

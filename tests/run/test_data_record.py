@@ -15,6 +15,7 @@ import main
 from data.readers import Split
 from utils.checkpoint import LAST, load_checkpoint
 from utils.engine import TrainStep
+from utils.records import to_json
 
 RUN, OUT, PHOTOS = Path("run"), Path("out"), Path("photos")
 FLAGS = "--PSKD --image_size 16 --width 4 --num_resnet_blocks 2 --batch_size 8 --lr 0.05 --end_epoch 2"
@@ -125,15 +126,15 @@ def test_val_only_with_unknown_held_out_images_evaluates_the_test_split(held_out
     add_image()
     assert val_only(RUN, OUT) == 0
     assert "8 test images" in capsys.readouterr().out
-    expected = read(RUN)["test"]["last"]["val"]
-    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
+    expected = read(RUN)["test"]["last"]["metrics"]["final"]
+    assert read(OUT, "val.json")["test"]["final"] == pytest.approx(expected)
 
 
 def test_val_only_evaluates_a_test_set_by_itself(held_out_run):
     shutil.rmtree(PHOTOS / "train")
     assert val_only(RUN, OUT) == 0
-    expected = read(RUN)["test"]["last"]["val"]
-    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
+    expected = read(RUN)["test"]["last"]["metrics"]["final"]
+    assert read(OUT, "val.json")["test"]["final"] == pytest.approx(expected)
 
 
 def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
@@ -147,7 +148,7 @@ def test_own_validation_images_select_and_the_test_split_is_used_at_the_end(plai
     shutil.copytree(PHOTOS / "test", PHOTOS / "val")
     assert train(FLAGS, PHOTOS, Path("new")) == 0
     results = read(Path("new"))
-    assert results["test"]["last"]["val"] == results["last"]["val"]
+    assert results["test"]["last"]["metrics"] == results["last"]["val"]
     assert results["test"]["best"]["temperatures"]
     assert val_only(Path("new"), OUT) == 0
     assert "8 validation images" in capsys.readouterr().out
@@ -166,7 +167,7 @@ def test_run_without_a_test_split_says_so(folder, plain_run, capsys):
     shutil.rmtree(PHOTOS / "test")
     assert train(HELD_OUT, PHOTOS / folder, Path("new")) == 0
     assert "no test split" in capsys.readouterr().out
-    assert read(Path("new"))["test"] == {}
+    assert read(Path("new"))["test"]["last"]["temperatures"]
     assert val_only(Path("new"), OUT) == 0
     assert read(OUT, "val.json")["val"] == read(Path("new"))["last"]["val"]
 
@@ -195,7 +196,7 @@ def test_record_holds_mean_and_std_of_each_colour(held_out_run):
 
 
 def test_checkpoint_holds_the_record(held_out_run):
-    assert load_checkpoint(RUN / LAST)["data"] == read(RUN, "config.json")["data"]
+    assert to_json(load_checkpoint(RUN / LAST).run.data) == read(RUN, "config.json")["data"]
 
 
 IMAGES = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
