@@ -19,16 +19,18 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 import data
 import loss
 import models
 from data import build_transform, check_same_images, load_splits
-from loss import METHODS, build_objective, trained_classifiers, trained_exits
-from models import build_model
-from utils import distributed, flags
+from loss import METHODS, build_objective
+from models import build_model, load_weights
+from models.early_exit import multiply_adds
+from utils import distributed, flags, launch
 from utils.calibration import early_exit_curve, fit_temperatures, scaled_metrics
 from utils.checkpoint import BEST, LAST, Checkpoint, find_checkpoint, load_checkpoint, load_states, reading
-from utils.compile import CompiledNetwork
+from utils.compile import Compiled
 from utils.cuda_graph import GraphedStep
 from utils.engine import TrainStep, build_optimizer, build_schedule, evaluate, first_nonfinite, predict, train_one_epoch
 from utils.errors import (
@@ -44,14 +46,15 @@ from utils.errors import (
 from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import environment, seed_generators, set_up_torch
+from utils.parser import Parser
 from utils.records import Change, DataRecord, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
 from utils.resume import check_flags, check_length
 from utils.run_directory import RunDirectory
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Every flag, declared by the package that it belongs to."""
-    parser = flags.Parser(
+    parser = Parser(
         prog="main.py",
         usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
@@ -65,10 +68,11 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-RUNTIME_FLAGS = build_parser().names("runtime", "machine")  # all others define the experiment
+# All others define the experiment; `exits` follows from them.
+RUNTIME_FLAGS = build_parser().names("runtime", "machine") | {"exits"}
 PER_MACHINE = build_parser().names("machine")  # in which the processes of one run may differ
 # Beside --val_only --resume RUN, flags that say where and how to compute; all others are the run's.
-OF_EVALUATION = {"data_path", "device", "precision", "workers", "experiments_dir", "run_name"}
+OF_EVALUATION = {"data_path", "device", "precision", "workers", "experiments_dir", "run_name", "limit_val"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,10 +81,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     A bad value ends the process with status 2, argparse's usage line and one sentence.
     """
     parser = build_parser()
-    try:
-        distributed.check_environment()
-    except ValueError as e:
-        parser.exit(2, f"main.py: error: {e}\n")
     args = parser.parse_args(argv)
     if args.val_only:
         for name in parser.given(argv) - OF_EVALUATION - {"val_only", "resume"}:
@@ -120,11 +120,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a user error, printed on one line, 2 wrong flags, 128 + n
     after signal n (130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, 138 SIGUSR1 and 140 SIGUSR2 on Linux)."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        launch.WORLD = launch.read_world(os.environ)
+    except UserError as e:
+        print_error(str(e))
+        return 2
+    launch.end_with_torchrun()
     args = parse_args(argv)
     status = 1
     try:
         with distributed.process_group(args.device) as device, contextlib.ExitStack() as stack:
-            if distributed.is_main():  # the other processes have nothing to save: signals just end them
+            if launch.WORLD.is_main:  # the other processes have nothing to save: signals just end them
                 stack.enter_context(signals_raise())
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
                 status = 2
@@ -142,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
         message = describe_error(e, args)
         if message is None:
             raise
-    if not distributed.is_main():
-        distributed.wait_for_rank_0()
-        message = f"process {os.environ['RANK']}: {message}"
+    if not launch.WORLD.is_main:
+        launch.wait_for_rank_0()
+        message = f"process {launch.WORLD.rank}: {message}"
     print_error(message)
     return status
 
@@ -168,12 +174,12 @@ def train(args, given: set[str], device: torch.device) -> None:
 
         model, network, step, states = build_training(args, device, train_loader, checkpoint)
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
-        trained = trained_classifiers(args)
+        trained = objective.trained_classifiers(len(model.exits))
 
         # from here on files are written
         run = begin_run(args, device, checkpoint, changes, train_loader.record, directory.path)
         directory.begin(run, checkpoint)
-        logger = Logger(directory.path if distributed.is_main() else None, args.end_epoch)
+        logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
         train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
         if checkpoint and first_epoch < args.end_epoch:
@@ -187,7 +193,7 @@ def train(args, given: set[str], device: torch.device) -> None:
         predictions = None
         for epoch in range(first_epoch, args.end_epoch):
             lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
-            seed_generators(args.seed, epoch, distributed.rank())
+            seed_generators(args.seed, epoch, launch.WORLD.rank)
             network.train()
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
@@ -198,9 +204,9 @@ def train(args, given: set[str], device: torch.device) -> None:
 
             start = time.perf_counter()
             predictions = predict(model, val_loader, args.precision)
-            if distributed.is_main():
+            if launch.WORLD.is_main:
                 val = evaluate(*predictions, trained)
-                record = EpochRecord(epoch, lr, **measured, val=val, alpha_t=objective.alpha_t)
+                record = EpochRecord(epoch, lr, **measured, val=val, alpha_t=getattr(objective.soften, "alpha_t", None))
                 record.seconds_validation = time.perf_counter() - start
                 record.seconds_saving = directory.seconds_saving
                 directory.save(record, lambda: {name: owner.state_dict() for name, owner in states.items()})
@@ -222,7 +228,7 @@ def find_start(directory: RunDirectory, args) -> tuple[Checkpoint | None, list[C
     done = len(before.history)
     with reading(file):
         old = experiment_flags(before.args) | {"processes": before.starts[-1].processes}
-        new = experiment_flags(vars(args)) | {"processes": distributed.world_size()}
+        new = experiment_flags(vars(args)) | {"processes": launch.WORLD.size}
         changes = check_flags(file, old, new, experiment_flags(vars(default_args())), args.allow_change)
         check_length(file, done, args.end_epoch)
     return checkpoint, [change._replace(epoch=done) for change in changes]
@@ -238,7 +244,7 @@ def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
 def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
     """The record of a run with this start, in a directory, and the epochs of its checkpoint."""
     run = RunRecord(vars(args), record)
-    start = Start(0, **environment(device, distributed.world_size()))
+    start = Start(0, **environment(device, launch.WORLD.size))
     if checkpoint:
         before = checkpoint.run
         run.history, run.changes = before.history, before.changes + changes
@@ -260,14 +266,20 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     # network, loss and optimiser
     model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
+    if args.weights is not None:
+        line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
+        if launch.WORLD.is_main and checkpoint is None:
+            tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
     states = {"model": model, "objective": objective, "optimizer": optimizer}
     if checkpoint:
         load_states(checkpoint, **states)
 
     # the training step
-    network = CompiledNetwork(model) if args.compile else model
-    network = distributed.wrap(network, device, args.sync_bn, all_used=all(trained_exits(args)))
+    network = Compiled(model) if args.compile else model
+    num_exits = len(model.exits)
+    all_used = len(objective.trained_classifiers(num_exits)) == num_exits + 1
+    network = distributed.wrap(network, device, args.sync_bn, all_used)
     transform = build_transform(args, train_loader.num_classes)
     step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
     states["scaler"] = step.scaler  # of fp16
@@ -289,8 +301,9 @@ def check_images(args, checkpoint: Checkpoint | None, record: DataRecord) -> Non
 def headline(args, model: torch.nn.Module, loaders: dict, run: RunRecord) -> str:
     """What is trained, in one line."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    images = f"{loaders['train'].num_samples} training and {loaders['val'].num_samples} validation images"
-    if args.val_split is not None and "test" not in loaders:
+    train, val = loaders["train"], loaders["val"]
+    images = f"{train.num_samples} training and {val.num_samples} validation images of {train.num_classes} classes"
+    if val.record.selects_on_val and "test" not in loaders:
         images += ", no test split"
     network = f"{args.classifier_type} ({millions:.2f} M parameters)"
     return f"{args.run_name}: {network}, {images}, {args.precision} on {run.starts[-1].device_name}"
@@ -305,9 +318,9 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
     if predictions is None:
         predictions = predict(model, loaders["val"], args.precision)
     test = None
-    if args.val_split is not None:
+    if loaders["val"].record.selects_on_val:
         test = evaluate_chosen(args, directory.path, logger, model, loaders)
-    if not distributed.is_main():
+    if not launch.WORLD.is_main:
         return
 
     logits, labels = predictions
@@ -327,7 +340,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
 def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> dict[str, TestRecord]:
     """Of the last and the best epoch, which the held-out images chose: temperatures and early exit, fitted on the same
     images, and the test split's metrics, if there is one. Complete in rank 0."""
-    trained, found = trained_classifiers(args), {}
+    found = {}
     for name, file in (("last", path / LAST), ("best", path / BEST)):
         # After --resume from another directory, the best epoch's checkpoint may be missing.
         checkpoint = distributed.broadcast_from_rank_0(
@@ -338,8 +351,9 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
         load_states(checkpoint, model=model)
         heldout = predict(model, loaders["val"], args.precision)
         test = predict(model, loaders["test"], args.precision) if "test" in loaders else None
-        if not distributed.is_main():
+        if not launch.WORLD.is_main:
             continue
+        trained = checkpoint.run.trained
         fitted = fit_temperatures(*heldout, trained)
         if unbounded := [classifier for classifier, temperature in fitted.items() if temperature is None]:
             logger.info(f"note: {name} epoch: no temperature fits {', '.join(unbounded)} on the held-out images: T = 1")
@@ -348,7 +362,7 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
             record.metrics = evaluate(*test, trained)
             record.calibrated = scaled_metrics(*test, record.temperatures)
         if len(trained) > 1:
-            costs, backbone = model.multiply_adds(args.image_size, record.temperatures)
+            costs, backbone = multiply_adds(model, args.image_size, record.temperatures)
             record.early_exit = early_exit_curve(heldout, test, record.temperatures, costs, backbone)
         found[name] = record
     return found
@@ -357,8 +371,8 @@ def evaluate_chosen(args, path: Path, logger: Logger, model, loaders: dict) -> d
 def evaluate_run(args, given: set[str], device: torch.device) -> None:
     """`--val_only`: evaluate a checkpoint with its own flags, classes, mean and std; print, and write val.json.
 
-    A run with `--val_split` is evaluated on its held-out images; where the data set at hand has others, which may be
-    among those that it was trained on, on the test split.
+    A run that was selected on validation images is evaluated on those; where the data set at hand has others, which may
+    be among those that it was trained on, on the test split.
 
     Args:
         given: the flags of OF_EVALUATION that stand on the command line; the others are the run's.
@@ -368,7 +382,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     """
     checkpoint, note = distributed.broadcast_from_rank_0(lambda: find_checkpoint(Path(args.resume)))
     file, run = checkpoint.file, checkpoint.run
-    if note and distributed.is_main():
+    if note and launch.WORLD.is_main:
         tell(note)
 
     def fail(message):
@@ -383,31 +397,30 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         flags.check_machine(own, fail)
         model = build_model(own, len(run.data.class_names))
         load_states(checkpoint, model=model)
-        trained = trained_classifiers(own)
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
     with reading(file):
         try:
-            loaders = load_splits(own, device, run.data, ("val", "test"))
+            loaders = load_splits(own, device, run.data)
         except UserError as e:
             origin = "" if "data_path" in given else f"; the run itself was given --data_path {own.data_path}"
             raise UserError(f"{e}{origin}") from None
-    # the run's held-out images, unless others lie there now: those may be among the ones that it was trained on
+    # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
-    if own.val_split is not None:
-        found = loaders["val"].record.splits["val"] if "val" in loaders else None
-        if found != run.data.splits.get("val"):
+    if run.data.selects_on_val:
+        name = "train_and_val" if "train_and_val" in run.data.splits else "val"  # the former is not cut by --limit_val
+        if "val" not in loaders or loaders["val"].record.splits.get(name) != run.data.splits[name]:
             split = "test"
     if split not in loaders:
-        raise UserError(f"{own.data_path} has no test split, and other held-out images than {file} was selected on")
+        raise UserError(f"{own.data_path} has no test split, and other validation images than {file} was selected on")
 
     # the metrics
     loader = loaders[split]
-    if distributed.is_main():
-        kind = "test" if own.val_split is None or split == "test" else "held-out training"
+    if launch.WORLD.is_main:
+        kind = "validation" if run.data.selects_on_val and split == "val" else "test"
         tell(f"{file}: {loader.num_samples} {kind} images")
-    classifiers = evaluate(*predict(model, loader, own.precision), trained)
-    if not distributed.is_main():
+    classifiers = evaluate(*predict(model, loader, own.precision), run.trained)
+    if not launch.WORLD.is_main:
         return
     tell(results_table({f"epoch {checkpoint.epoch + 1}": classifiers}))
     images = {"images": loader.record.splits[split], "images_of_the_run": run.data.splits.get(split)}

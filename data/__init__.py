@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from data import readers, synthetic
-from data.images import LARGEST, ReadOptions
+from data.images import ReadOptions, note
 from data.loader import Loader, generator
 from data.readers import Images, Split
 from utils import distributed
 from utils.errors import UserError, first_line, first_names, is_out_of_memory
-from utils.flags import add_flag, add_number, add_path
+from utils.parser import add_flag, add_number, add_path
 from utils.records import DataRecord, SplitRecord
 
 
@@ -28,18 +28,34 @@ class Dataset(NamedTuple):
     std: tuple[float, float, float] | None
     augmentation: str  # a key of augment.KINDS
     read: Callable[[Path, ReadOptions], Images]  # as data/readers.py describes it
+    stored_size: int | None = None  # pixels to which image files are brought; None: --image_size
 
 
 # The published script's; CIFAR-10's stand for both.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+GREY = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def _cifar(name: str) -> Dataset:
+    read = partial(readers.read_cifar, name)
+    return Dataset(readers.CIFAR_CLASSES[name], CIFAR_MEAN, CIFAR_STD, "crop", read, stored_size=32)
+
+
 DATASETS = {
-    "cifar100": Dataset(100, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR100")),
-    "cifar10": Dataset(10, CIFAR_MEAN, CIFAR_STD, "crop", partial(readers.read_cifar, "CIFAR10")),
-    "tinyimagenet": Dataset(200, IMAGENET_MEAN, IMAGENET_STD, "resized_crop", readers.read_tiny_imagenet),
+    "cifar100": _cifar("CIFAR100"),
+    "cifar10": _cifar("CIFAR10"),
+    "tinyimagenet": Dataset(
+        readers.TINY_IMAGENET_CLASSES,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        "resized_crop",
+        readers.read_tiny_imagenet,
+        stored_size=64,
+    ),
     "folder": Dataset(None, None, None, "crop", readers.read_folder),
-    "synthetic": Dataset(100, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "crop", synthetic.read),
+    "synthetic": Dataset(synthetic.CLASSES, *GREY, "crop", synthetic.read, stored_size=synthetic.SIZE),
 }
 
 
@@ -47,13 +63,14 @@ def add_flags(parser) -> None:
     group = parser.add_argument_group("data")
     number = partial(add_number, group)
     text = f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
-    text += " test/<class>/*, or with --val_split <class>/* alone; synthetic needs no files)"
+    text += " test/<class>/*, selects on val/<class>/* where there are all three, or with --val_split reads <class>/*"
+    text += " alone; synthetic needs no files)"
     names = {"choices": list(DATASETS), "default": "cifar100", "metavar": "NAME"}
     add_flag(group, "--data_type", **names, help=text, also="data dataset")
     text = "where data sets are or are downloaded to (default: %(default)s, below the working directory)"
     add_path(group, "--data_path", "machine", text, default="./datasets", metavar="DIR", also="data data_dir root")
-    text = "pixels, a multiple of 8; images of another size are resized, of several sizes also cut to a square"
-    number("--image_size", int, 32, 16, LARGEST, text, "paper")
+    text = "pixels, a multiple of 8; an image's shorter side is resized to it, and the centre is cut out"
+    number("--image_size", int, 32, 16, 512, text, "paper")
     text, reason = "threads for decoding image files", "used only at the first start"
     number("--workers", int, 8, 0, 1024, text, reason, kind="machine", also="num_workers")
     number("--classes", int, None, 2, 10**6, "use only the first N classes, in the data set's order", "all")
@@ -74,17 +91,12 @@ def check_flags(args: Namespace, fail) -> None:
 
 
 def build_loaders(args: Namespace, device: torch.device | str, split: str | None = None):
-    """(training loader, validation loader); with split="val" or "test", that split's loader alone.
-
-    Raises:
-        UserError: files that are missing or damaged, or flags that the data cannot meet.
-    """
-    if split is None:
-        loaders = load_splits(args, device)
-        return loaders["train"], loaders["val"]
-    if args.val_split is None:
-        split = "val"  # which is the test split
-    return load_splits(args, device, names=(split,))[split]
+    """(training loader, validation loader); with a split's name, its loader alone, `test` being `val` where validation
+    is the test split. Raises as `load_splits`."""
+    loaders = load_splits(args, device)
+    if not loaders["val"].record.selects_on_val:
+        loaders["test"] = loaders["val"]
+    return loaders[split] if split else (loaders["train"], loaders["val"])
 
 
 @contextlib.contextmanager
@@ -95,52 +107,51 @@ def _describing_memory():
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        remedy = "use fewer (--classes, --limit_train, --limit_val) or a lower --image_size"
+        remedy = "use fewer (files, or --classes, --limit_train, --limit_val), a lower --image_size or fewer --workers"
         raise UserError(f"too little memory for the images ({first_line(e)}): {remedy}") from None
 
 
 @_describing_memory()
-def load_splits(
-    args: Namespace, device: torch.device | str, record: DataRecord | None = None, names=("train", "val", "test")
-) -> dict[str, Loader]:
-    """The loaders of the splits in `names`: `train` and `val`, and with `--val_split` also `test`, if there is one.
+def load_splits(args: Namespace, device: torch.device | str, record: DataRecord | None = None) -> dict[str, Loader]:
+    """The loaders of the splits `train` (without --val_only), `val` and `test`.
 
-    Validation is the test split, as in the paper, or with `--val_split` a part of the training split. `--classes`,
-    `--val_split` and `--limit_train` or `--limit_val` apply in this order, and rows keep file order; `--limit_val`
-    holds for the validation and for the test split.
+    Either `val`, the data set's own or held out by `--val_split`, selects the model, and `test` is the test split, if
+    there is one; or there is no `test`, because validation is the test split, as in the paper. The loaders' data record
+    says which: `record.selects_on_val`.
 
-    Each loader's `record` says what the images are: `class_names` in the labels' order, `mean` and `std` (of RGB in
-    0..1), `stored_size` (height and width to which image files are brought before they are resized to --image_size),
-    and `splits`: of each, the number of `images` and their `digest`.
+    `--classes`, `--val_split` and `--limit_train` or `--limit_val` apply in this order, and rows keep file order;
+    `--limit_val` holds for the validation and for the test split.
 
     Args:
-        record: a trained network's, whose mean, std and stored size are used. Its classes must be these; the images may
-            be others, as of another test set: `check_same_images` is for a run that goes on.
+        record: a trained network's, whose mean and std are used. Its classes must be these; the images may be others,
+            as of another test set: `check_same_images` is for a run that goes on.
 
     Raises:
         UserError: files that are missing or damaged, flags that the data cannot meet, or other classes.
     """
     dataset = DATASETS[args.data_type]
-    read = partial(dataset.read, Path(args.data_path), _read_options(args, record))
-    splits, class_names = _divide(args, distributed.local_rank_0_first(read))
+    options = ReadOptions(stored_size(args), args.workers, args.val_split is not None, args.val_only)
+    read = partial(dataset.read, Path(args.data_path), options)
+    images = distributed.local_rank_0_first(read)
+    _check_images(args, images)
+    splits, class_names = _select_classes(args, images)
     if record is not None and (changes := _class_differences(record.class_names, class_names)):
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
-    if record is not None:
-        mean, std = record.mean, record.std
-    elif dataset.mean is not None:
-        mean, std = dataset.mean, dataset.std
-    else:
+    if dataset.stored_size is not None:  # its pixels are compared, whatever files they come from
+        splits = {name: part._replace(file_digests=None) for name, part in splits.items()}
+    facts = _divide(args, splits, class_names, record)
+    normalisation = record or dataset
+    mean, std = normalisation.mean, normalisation.std
+    if mean is None:
         mean, std = channel_statistics(splits["train"].images)
 
-    any_split = next(iter(splits.values()))
-    height, width = any_split.images.shape[1:3]
-    splits = {name: part for name, part in splits.items() if name in names}
-    facts = {}
+    if args.val_only:
+        splits.pop("train", None)
     for name, part in splits.items():
         limit = args.limit_train if name == "train" else args.limit_val
-        part = splits[name] = part.first_of_each_class(limit)
-        facts[name] = SplitRecord(len(part.labels), part.digest())
-    found = DataRecord(list(class_names), list(mean), list(std), [height, width], facts)
+        splits[name] = part.first_of_each_class(limit)
+        facts[name] = _record_of(splits[name])
+    found = DataRecord(list(class_names), list(mean), list(std), facts)
 
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
     loaders = {}
@@ -150,36 +161,67 @@ def load_splits(
     return loaders
 
 
-def _read_options(args: Namespace, record: DataRecord | None) -> ReadOptions:
-    """With --val_split the images are the training split's, and a test split is welcome; without, --val_only needs the
-    test split alone. What belongs to a trained network is brought to the size that it was trained on."""
-    return ReadOptions(
-        args.image_size,
-        size=tuple(record.stored_size) if record is not None else None,
-        train=args.val_split is not None or not args.val_only,
-        needs_test=args.val_split is None,
-        workers=args.workers,
-        read_only=args.val_only,
-    )
+def stored_size(args: Namespace) -> int:
+    """Height and width to which image files are brought, before a loader resizes them to --image_size."""
+    return DATASETS[args.data_type].stored_size or args.image_size
 
 
-def _divide(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str]]:
-    """The splits by name, and the names of the classes, after --classes and --val_split. Nothing is copied without."""
-    splits = {"train": images.train, "test": images.test}
-    splits = {name: part for name, part in splits.items() if part is not None}
-    class_names, num = images.class_names, args.classes
-    if num is not None and num > len(class_names):
+def _check_images(args: Namespace, images: Images) -> None:
+    """Raises UserError where a reader does not return what data/readers.py describes."""
+    num_classes, problem = len(images.class_names), None
+    expected = DATASETS[args.data_type].num_classes or num_classes
+    if num_classes != expected:
+        problem = f"{num_classes} class names in place of {expected}"
+    if "test" not in images.splits and args.val_split is None:
+        problem = "no test split"
+    for split, (pixels, labels, _) in images.splits.items():
+        num, side, *_ = pixels.shape
+        if pixels.dtype != np.uint8 or pixels.shape != (num, side, side, 3):
+            problem = f"{split} images {pixels.dtype} {pixels.shape} in place of uint8 (M, S, S, 3)"
+        elif labels.dtype != np.int64 or labels.shape != (num,):
+            problem = f"{split} labels {labels.dtype} {labels.shape} in place of int64 ({num},)"
+        elif not set(labels.tolist()) <= set(range(num_classes)):
+            problem = f"{split} labels from {labels.min()} to {labels.max()} for {num_classes} class names"
+    if problem:
+        raise UserError(f"the reader of --data_type {args.data_type} returns {problem}")
+
+
+def _record_of(split: Split) -> SplitRecord:
+    return SplitRecord(len(split.labels), split.digest())
+
+
+def _select_classes(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str]]:
+    """The splits, and the names of the classes, after --classes. Nothing is copied without."""
+    splits, class_names, num = images.splits, images.class_names, args.classes
+    if num is None or num == len(class_names):
+        return dict(splits), class_names
+    if num > len(class_names):
         raise UserError(f"--classes {num}: {args.data_type} has {len(class_names)} classes")
-    if num is not None and num < len(class_names):
-        class_names = class_names[:num]
-        splits = {name: part.select(part.labels < num) for name, part in splits.items()}
-    if args.val_split is None:
-        splits["val"] = splits.pop("test")
-    elif "train" in splits:
+    return {name: part.select(part.labels < num) for name, part in splits.items()}, class_names[:num]
+
+
+def _divide(args: Namespace, splits: dict[str, Split], class_names: list[str], record: DataRecord | None) -> dict:
+    """Make `val` of `splits`: held-out training images, the data set's own, or the test split; returns the record of
+    the training images before any are held out, if some are."""
+    if args.val_split is not None:
+        if "train" not in splits:  # a test split by itself
+            return {}
+        if "val" in splits and not args.val_only:
+            raise UserError(f"--val_split: {args.data_path} has validation images of its own: leave the flag out")
         train = splits["train"]
         held_out = hold_out(train.labels, args.val_split, args.seed)
+        whole = np.setdiff1d(train.labels, train.labels[held_out])
+        if len(whole) == len(class_names):
+            raise UserError(f"--val_split {args.val_split}: no class has two images")
+        if len(whole):
+            names = first_names([class_names[label] for label in whole])
+            note(f"--val_split holds out no image of classes that have only one: {names}")
         splits |= {"train": train.select(~held_out), "val": train.select(held_out)}
-    return splits, class_names
+        return {"train_and_val": _record_of(train)}
+    selects_on_val = record.selects_on_val if record and args.val_only else "val" in splits
+    if not selects_on_val:
+        splits["val"] = splits.pop("test")
+    return {}
 
 
 def check_same_images(before: DataRecord, now: DataRecord, source) -> None:
@@ -190,11 +232,11 @@ def check_same_images(before: DataRecord, now: DataRecord, source) -> None:
     """
     changes = []
     none = SplitRecord(0, "")
-    for name in now.splits | before.splits:
+    for name in ("train", "val", "test"):
         found, recorded = (record.splits.get(name, none) for record in (now, before))
         if found.images != recorded.images:
             changes.append(f"{found.images} {name} images in place of {recorded.images}")
-        elif found.digest != recorded.digest:
+        elif found != recorded:
             changes.append(f"pixels or labels of the {found.images} {name} images")
     if changes:
         raise UserError(
@@ -205,16 +247,13 @@ def check_same_images(before: DataRecord, now: DataRecord, source) -> None:
 
 def _class_differences(before: list[str], now: list[str]) -> str:
     """In words; empty where the classes are the same in the same order."""
-    missing = [name for name in before if name not in now]
-    new = [name for name in now if name not in before]
-    if not missing and not new:
-        return "" if before == now else "their order"
+    if before == now:
+        return ""
     changes = []
-    if missing:
-        changes.append(f"missing: {first_names(missing)}")
-    if new:
-        changes.append(f"new: {first_names(new)}")
-    return "; ".join(changes)
+    for what, here, there in (("missing", before, now), ("new", now, before)):
+        if names := [name for name in here if name not in there]:
+            changes.append(f"{what}: {first_names(names)}")
+    return "; ".join(changes) or "their order"
 
 
 def build_transform(args: Namespace, num_classes: int) -> Callable | None:
@@ -236,18 +275,13 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """(M,) bool: `fraction` of each class of labels (M,), to the nearest image but at least one, drawn from the seed.
-
-    Raises:
-        UserError: a class would have nothing left to train on.
-    """
+    """(M,) bool: `fraction` of each class of labels (M,), to the nearest image, but at least one and never all, drawn
+    from the seed."""
     random = generator(seed, "val_split")
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        num = max(1, round(fraction * len(rows)))
-        if num >= len(rows):
-            raise UserError(f"--val_split {fraction} leaves no image to train on of class {label} ({len(rows)} images)")
+        num = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         order = torch.randperm(len(rows), generator=random)
         held_out[rows[order[:num].numpy()]] = True
     return held_out

@@ -1,22 +1,24 @@
-"""Image files: which of a folder's files they are, their pixels, and one cache of a data set's decoded images."""
+"""Image files: which of a folder's files they are, their pixels, and a cache of what was decoded."""
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils import distributed
+from utils import launch
 from utils.errors import UserError, first_line, printable, tell
 from utils.files import write_atomic
 
@@ -24,9 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # Files of these suffixes are images: to be read, or an error. All others are left out.
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
 SUFFIXES |= {".avif", ".bmp", ".gif", ".heic", ".heif", ".pgm", ".ppm", ".tif", ".tiff"}  # of other formats
-CACHE = "decoded-images.npz"
-VERSION = 2  # of the pixels in it: since 2 they are upright
-LARGEST = 512  # pixels, the largest --image_size: no network sees more of an image, so that larger ones are not kept
+VERSION = 3  # of what a cache holds
 
 ORIENTATION = 0x0112  # of EXIF's tags; its values, and what makes an image upright:
 UPRIGHT = {
@@ -40,50 +40,57 @@ UPRIGHT = {
 }
 
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads all the same
-
-Size = tuple[int, int]  # height, width in pixels
-Arrays = dict[str, np.ndarray]  # of each split, by its name: (M, H, W, 3) uint8, RGB
+# Pillow refuses a PNG with more than 1 MB of text or colour profile, which nothing here reads.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 
 class ReadOptions(NamedTuple):
     """How a data set is read."""
 
-    image_size: int  # --image_size
-    size: Size | None = None  # to which all images are brought; None: what `stored_size` chooses
-    train: bool = True  # False: the test split alone is read
-    needs_test: bool = True  # False: a test split is read if there is one
+    size: int  # height and width to which image files are brought
     workers: int = 8  # threads that decode
-    read_only: bool = False  # download nothing, write nothing
+    holds_out: bool = False  # validation images are held out of the training images: a test split is not needed
+    val_only: bool = False  # download nothing, write nothing, and read no training images unless some were held out
 
-    def stored_size(self, own_size: Size | tuple[()] | None) -> Size:
-        """`size`, or the images' own, where they have one that is not too large, or else --image_size squared."""
-        return self.size or own_size or (self.image_size, self.image_size)
+    @property
+    def train(self) -> bool:
+        """Whether training images are read."""
+        return self.holds_out or not self.val_only
+
+
+class Decoded(NamedTuple):
+    """M image files, decoded."""
+
+    images: np.ndarray  # (M, S, S, 3) uint8, RGB
+    file_digests: np.ndarray  # (M, 16) uint8, of the files' bytes
+    sides: np.ndarray  # (M,) int64, the shorter side in the file, pixels
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The image files in a folder and below it, sorted by folder, then name; and the other files, hidden ones and
-    those whose suffix is not an image's."""
-    images, others = [], []
-    for parent, names in sorted(_walk(folder)):
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            is_hidden = "/." in path.removeprefix(str(folder))
-            is_image = Path(name).suffix.lower() in SUFFIXES
-            (images if is_image and not is_hidden else others).append(path)
-    return images, others
+    those whose suffix is not an image's.
 
+    Raises:
+        UserError: the folder or one below it cannot be read; names it.
+    """
 
-def _walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """The folders at and below `folder`, each once, though links may lead to one again, and the names in them."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    def refuse(e: OSError):
+        raise UserError(f"{e.filename} cannot be read ({e.strerror})")
+
+    images, others, seen = [], [], set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         where = os.path.realpath(parent)
-        if where in seen:
+        if where in seen:  # a link leads to it again
             folders.clear()
             continue
         seen.add(where)
         folders.sort()
-        yield parent, names
+        for name in names:
+            path = os.path.join(parent, name)
+            is_hidden = "/." in path.removeprefix(str(folder))
+            is_image = Path(name).suffix.lower() in SUFFIXES
+            (images if is_image and not is_hidden else others).append(path)
+    return sorted(images, key=os.path.split), sorted(others, key=os.path.split)
 
 
 def note_skipped(folder: str | Path, others: list[str]) -> None:
@@ -91,220 +98,168 @@ def note_skipped(folder: str | Path, others: list[str]) -> None:
     if others:
         files = "file" if len(others) == 1 else "files"
         first = os.path.relpath(others[0], folder)
-        _print_note(f"skipped {len(others)} hidden or foreign {files} in {folder}, the first of them {first}")
+        note(f"skipped {len(others)} hidden or foreign {files} in {folder}, the first of them {first}")
 
 
 @cache  # a process may read a data set more than once
-def _print_note(text: str) -> None:
-    if distributed.is_local_main():
+def note(text: str) -> None:
+    """A line on standard error, once."""
+    if launch.WORLD.is_local_main:
         tell(f"note: {printable(text)}", sys.stderr)
 
 
-def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
+def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
     """(H, W, 3) uint8, RGB, of a JPEG, PNG or WebP file: upright, as its EXIF orientation says; without transparency;
     16 bits of a colour cut to the upper 8.
 
     Bytes altered inside a JPEG or a PNG may decode to other pixels without an error: Pillow does not notice.
 
     Args:
-        size: (H, W); an image of another size is resized, antialiased, the shorter side first, and cut centrally.
+        size: H and W, to which the image is brought: its shorter side is resized, antialiased, and the centre cut out,
+            as by torchvision's Resize and CenterCrop. None: its own.
 
     Raises:
         UserError: the file is not such an image; names it.
     """
-    with _open(path) as image:
-        image.load()
-        if image.mode.startswith("I"):  # conversion would cut it off at level 255
-            raise UserError(f"{path} is a 16-bit grey PNG: convert it to 8 bits")
-        turn = UPRIGHT.get(_orientation(image.getexif))
-        image = image.convert("RGB")
+    pixels, *_ = _decode_file(path, size)
+    return pixels
+
+
+def _decode_file(path: str | Path, size: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """An entry of each of `Decoded`'s arrays."""
+    with _describing(path):
+        content = Path(path).read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.load()  # also what stands behind the pixels, where the EXIF record may be
+            if image.mode.startswith("I"):  # conversion would cut it off at level 255
+                raise UserError(f"{path} is a 16-bit grey PNG: convert it to 8 bits")
+            turn = UPRIGHT.get(_orientation(image))
+            image = image.convert("RGB")
         if turn is not None:
             image = image.transpose(turn)
-        if size not in (None, (image.height, image.width)):
+        side = min(image.size)
+        if size is not None:
             image = _fit(image, size)
-        return np.asarray(image)
-
-
-def _fit(image: Image.Image, size: Size) -> Image.Image:
-    """Resized, antialiased bilinear, until it just covers `size`, and cut to it centrally. Of a square that is
-    torchvision's Resize (the shorter side) and CenterCrop."""
-    height, width = size
-    covering_height = max(height, width * image.height // image.width)
-    covering_width = max(width, height * image.width // image.height)
-    if covering_height * covering_width > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow")
-    image = image.resize((covering_width, covering_height), Image.Resampling.BILINEAR)
-    top = round((covering_height - height) / 2)
-    left = round((covering_width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+        return np.asarray(image), np.frombuffer(digest, np.uint8), side
 
 
 @contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[Image.Image]:
+def _describing(path: str | Path) -> Iterator[None]:
     """Raises UserError, naming the file, for whatever goes wrong within."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe might never end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe might never end
             raise UserError(f"{path} is not a regular file")
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
+        yield
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a JPEG, PNG or WebP image") from None
+    except Image.DecompressionBombError as e:
+        raise UserError(f"{path} is larger than what is read ({first_line(e)})") from None
     except Exception as e:  # each file format has exceptions of its own
         if getattr(e, "strerror", None):  # the system's, of the file itself
             raise UserError(f"{path} cannot be read ({e.strerror})") from None
         raise UserError(f"{path} is not an intact JPEG, PNG or WebP image ({first_line(e)})") from None
 
 
-def _orientation(getexif: Callable[[], Image.Exif]) -> int:
+def _orientation(image: Image.Image) -> int:
     """1 to 8; 1, upright, where there is no EXIF record or a damaged one."""
     try:
-        return getexif().get(ORIENTATION, 1)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow's parsers raise half a dozen types
         return 1
 
 
-def _read_size(path: str) -> Size | None:
-    """Of an upright image, from the file's header; None where it has none that is intact."""
-    try:
-        with _open(path) as image:
-            # A PNG's own getexif would decode the image, to look behind its pixels.
-            orientation = _orientation(partial(Image.Image.getexif, image))
-            width, height = image.size
-            return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
-    except UserError:  # decoding reports it
-        return None
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    width, height = image.width * size // side, image.height * size // side
+    if width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        text = f"{image.width} x {image.height} pixels are too long and narrow"
+        raise Image.DecompressionBombError(text)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
 
 
-def load_images(folder: Path, splits: dict[str, list[str]], options: ReadOptions) -> Arrays:
-    """The images of each split's files, (M, H, W, 3) uint8, all of one size, from the cache in `folder`, or decoded and
-    then cached there.
+def load_images(folder: Path, split: str, files: list[str], options: ReadOptions) -> Decoded:
+    """The images of a split's files, from the cache in `folder`, or decoded and then cached there.
 
-    A split is taken from the cache if its checksum is right and it was made of files of these names, sizes and times.
+    The cache's name says of which files it was made (names, sizes and times) and how, so that what it holds is right if
+    the checksums in it are.
 
     Raises:
-        UserError: files that are not images, by name; or too little memory.
+        UserError: files that are not images, by name.
     """
-    cache_file = folder / CACHE
-    keys = {name: _key(folder, files) for name, files in splits.items()}
-    images = _read_cache(cache_file, splits, keys, options)
-    if images is None:
-        own_size = _common_size([file for files in splits.values() for file in files], options.workers)
-        images = _decode_splits(splits, own_size, options)
-        if not options.read_only:
-            _write_cache(cache_file, keys, images, own_size)
-    return images
-
-
-def _key(folder: Path, files: list[str]) -> str:
-    facts = []
+    facts = [VERSION, options.size]
     for file in files:
         info = os.stat(file)
         facts.append((os.path.relpath(file, folder), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    return hashlib.sha256(repr((VERSION, facts)).encode()).hexdigest()
-
-
-def _read_cache(path: Path, splits: dict, keys: dict[str, str], options: ReadOptions) -> Arrays | None:
-    """The arrays of the splits with these keys; None where they are missing, damaged, or have another size than
-    decoding would give them."""
-    images = {}
+    key = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+    path = folder / f"decoded-{split}-{key}.npz"
     # Missing, or damaged, for which every part of the format has an exception of its own: made again.
-    with contextlib.suppress(Exception), np.load(path) as arrays:
-        own_size = tuple(arrays["own_size"].tolist())
-        size = options.stored_size(own_size)
-        for name, files in splits.items():
-            if str(arrays[f"{name}_key"]) != keys[name]:
-                continue
-            pixels = arrays[name]
-            if pixels.shape == (len(files), *size, 3):  # read to its end, so that the zip's checksum was verified
-                images[name] = pixels
-    return images if images.keys() == splits.keys() else None
+    with contextlib.suppress(Exception):
+        if path.is_file():  # reading a pipe might never end
+            with np.load(path) as arrays:
+                return Decoded(**arrays)  # read to their ends, so that the zip's checksums were verified
+    decoded = _decode(files, options)
+    if not options.val_only:
+        _write_cache(path, decoded)
+    return decoded
 
 
-def _write_cache(path: Path, keys: dict[str, str], images: Arrays, own_size: Size | None) -> None:
-    arrays = {**images, "own_size": own_size or ()}
-    for name, key in keys.items():
-        arrays[f"{name}_key"] = key
-    megabytes = sum(part.nbytes for part in images.values()) / 1e6
-    if distributed.is_local_main():
+def is_cache(name: str) -> bool:
+    """Whether a file of this name is a cache that `load_images` wrote."""
+    return fnmatch(name, "decoded-*-" + 32 * "[0-9a-f]" + ".npz")
+
+
+def _write_cache(path: Path, decoded: Decoded) -> None:
+    """In place of the split's earlier ones, which were made of other files, or of the same in other sizes."""
+    if launch.WORLD.is_local_main:
+        megabytes = decoded.images.nbytes / 1e6
         tell(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
     try:
-        write_atomic(path, lambda file: np.savez(file, **arrays))
-    except UserError:
-        _print_note(f"{path} cannot be written: every start decodes the images again")
+        write_atomic(path, lambda file: np.savez(file, **decoded._asdict()))
+        for earlier in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
+            if earlier != path and is_cache(earlier.name):
+                earlier.unlink(missing_ok=True)
+    except (UserError, OSError):
+        note(f"{path} cannot be written: every start decodes the images again")
 
 
-def _decode_splits(splits: dict[str, list[str]], own_size: Size | None, options: ReadOptions) -> Arrays:
-    """Raises UserError, which names the first ten files that are not images, or says what does not fit into memory."""
-    size = options.stored_size(own_size)
-    images, errors = {}, []
-    try:
-        for name, files in splits.items():
-            images[name], found = _decode(files, size, options.workers)
-            errors += found
-    except MemoryError:
-        num = sum(len(files) for files in splits.values())
-        raise _too_large(num, size, size == own_size) from None
-    if errors:
-        named = "; ".join(errors[:10])
-        more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise UserError(named + more)
-    return images
+def _decode(files: list[str], options: ReadOptions) -> Decoded:
+    """Raises UserError, which names the first ten files that are not images."""
+    num, size = len(files), options.size
+    images = np.empty((num, size, size, 3), dtype=np.uint8)
+    decoded = Decoded(images, np.empty((num, 16), dtype=np.uint8), np.empty(num, dtype=np.int64))
+    rows = iter(range(num))  # which the threads share
+    errors = {}
 
-
-def _too_large(num: int, size: Size, is_own_size: bool) -> UserError:
-    height, width = size
-    gigabytes = num * height * width * 3 / 1e9
-    what = f"{num} images of {height} x {width} pixels ({gigabytes:.3g} GB) do not fit into memory"
-    remedy = "use fewer or smaller image files" if is_own_size else "use fewer image files, a lower --image_size"
-    return UserError(f"{what}: {remedy}, or fewer --workers, each of which decodes one at a time")
-
-
-def _common_size(files: list[str], workers: int) -> Size | None:
-    """The size that all images have; None where they have several, or one too large to be kept."""
-
-    def sizes(rows: range) -> set[Size]:
-        return {_read_size(files[row]) for row in rows} - {None}
-
-    found = set()
-    with _in_threads(sizes, len(files), workers) as results:
-        for _, some in results:
-            found |= some
-            if len(found) > 1:
-                return None
-    common = found.pop() if found else None
-    return common if common and max(common) <= LARGEST else None
-
-
-def _decode(files: list[str], size: Size, workers: int) -> tuple[np.ndarray, list[str]]:
-    """(len(files), *size, 3) uint8, RGB; and a line for each file that is not an image."""
-    images = np.empty((len(files), *size, 3), dtype=np.uint8)
-
-    def decode(rows: range) -> list[str]:
-        errors = []
+    def work() -> None:
         for row in rows:
             try:
-                images[row] = read_image(files[row], size)
+                for array, value in zip(decoded, _decode_file(files[row], size), strict=True):
+                    array[row] = value
             except UserError as e:
-                errors.append(str(e))
-        return errors
+                errors[row] = str(e)
+            bar.update()
 
-    errors = []
-    bar = tqdm(desc="decoding", total=len(files), unit="img", leave=False, disable=None)
-    with bar, _in_threads(decode, len(files), workers) as results:
-        for rows, some in results:
-            errors += some
-            bar.update(len(rows))
-    return images, errors
-
-
-@contextlib.contextmanager
-def _in_threads(function: Callable, num: int, workers: int) -> Iterator[Iterator[tuple]]:
-    """Gives (rows, function(rows)) for parts of the rows 0 .. num - 1, in order. Threads share memory and import
-    nothing."""
-    step = min(32, 1 + num // (8 * max(1, workers)))  # a task per file would take more memory than small images
-    parts = [range(num)[start : start + step] for start in range(0, num, step)]
-    # Closing the results cancels what has not begun, after an error or a signal.
-    with ThreadPoolExecutor(max(1, workers)) as pool, contextlib.closing(pool.map(function, parts)) as results:
-        yield zip(parts, results, strict=True)
+    bar = tqdm(desc="decoding", total=num, unit="img", leave=False, disable=None)
+    # Threads share memory and import nothing.
+    with bar, ThreadPoolExecutor(max(1, options.workers)) as pool:
+        others = []
+        try:
+            with contextlib.suppress(RuntimeError):  # the system allows no more threads; this one works too
+                for _ in range(options.workers - 1):
+                    others.append(pool.submit(work))
+            work()
+        finally:
+            for _ in rows:  # after an error or a signal, nothing is left to do
+                pass
+        for other in others:
+            other.result()
+    if errors:
+        named = "; ".join(errors[row] for row in sorted(errors)[:10])
+        more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
+        raise UserError(named + more)
+    return decoded

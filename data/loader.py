@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data import augment
 from data.readers import Split
-from utils import distributed
+from utils import distributed, launch
 from utils.errors import UserError
 from utils.records import DataRecord
 
@@ -34,7 +34,7 @@ class Loader:
     functions of (seed, epoch) alone, and each process gets its shard of every batch. Without, it is an evaluation
     loader: file order, and each process gets one contiguous shard of the split.
 
-    `record` is the data record (data/__init__.py) of the splits that were read with this one.
+    `record` says which images there are, in the splits that were read with this one too.
 
     `len()` counts this process's batches; `num_samples` the images of the complete split.
 
@@ -53,15 +53,12 @@ class Loader:
         seed: int = 0,
     ):
         images = torch.from_numpy(split.images)
-        if augmentation != "resized_crop":  # that one crops from the files' own size
+        if augmentation != "resized_crop":  # that one crops from the stored size
             images = resize(images, image_size)
         self.images = images.to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.record = record
-        self.class_names = record.class_names
-        self.mean = record.mean
-        self.std = record.std
-        self.num_classes = len(self.class_names)
+        self.num_classes = len(record.class_names)
         self.num_samples = len(images)
         self.image_size = image_size
         self.augmentation = augmentation
@@ -69,8 +66,8 @@ class Loader:
         self.epoch = 0
         self.chunk_pixels = 0 if self.images.device.type == "cpu" else CHUNK_PIXELS
         # (x / 255 - mean) / std as one multiplication and one addition
-        mean = torch.tensor(self.mean, device=device)
-        std = torch.tensor(self.std, device=device)
+        mean = torch.tensor(record.mean, device=device)
+        std = torch.tensor(record.std, device=device)
         self.scale = 1 / (255 * std)
         self.shift = -mean / std
         if augmentation is None:
@@ -78,10 +75,10 @@ class Loader:
         else:
             self.batch_size = batch_size
             last = self.num_samples % batch_size or batch_size
-            if last < distributed.world_size():
+            if last < launch.WORLD.size:
                 raise UserError(
                     f"the last training batch holds {last} of {self.num_samples} images, fewer than the"
-                    f" {distributed.world_size()} processes: change --batch_size ({batch_size}) or --limit_train"
+                    f" {launch.WORLD.size} processes: change --batch_size ({batch_size}) or --limit_train"
                 )
 
     def set_epoch(self, epoch: int) -> None:
@@ -147,8 +144,8 @@ class Loader:
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """images (M, H, W, 3) uint8 on the CPU -> (M, S, S, 3) uint8, antialiased bilinear."""
-    if images.shape[1:3] == (size, size):
+    """images (M, R, R, 3) uint8 on the CPU -> (M, S, S, 3) uint8, antialiased bilinear."""
+    if images.shape[1] == size:
         return images
     images = images.permute(0, 3, 1, 2)
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)

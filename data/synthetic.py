@@ -13,6 +13,7 @@ from data.images import ReadOptions
 from data.readers import Images, Split
 
 HUES, WIDTHS = 10, 10
+CLASSES = HUES * WIDTHS
 TRAIN_PER_CLASS, TEST_PER_CLASS = 100, 20
 SIZE = 32
 
@@ -26,10 +27,10 @@ def read(root: Path, options: ReadOptions) -> Images:
 def _draw_splits(train_per_class: int, test_per_class: int) -> Images:
     random = np.random.RandomState(0)  # its stream, unlike Generator's, is the same in every version of numpy
     names = [f"hue {hue}, width {width}" for hue in range(HUES) for width in range(WIDTHS)]
-    labels = np.arange(len(names))
+    labels = np.arange(CLASSES)
     train = _draw(np.repeat(labels, train_per_class), random)
     test = _draw(np.repeat(labels, test_per_class), random)
-    return Images(train, test, names)
+    return Images({"train": train, "test": test}, names)
 
 
 def _draw(labels: np.ndarray, random: np.random.RandomState) -> Split:

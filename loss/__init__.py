@@ -6,19 +6,9 @@ from loss.byot import BYOT
 from loss.dml import DML, PublishedDML
 from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
-from models import num_exits
-from utils.flags import add_number, add_switch
+from utils.parser import add_number, add_switch
 
-__all__ = [
-    "METHODS",
-    "Objective",
-    "add_flags",
-    "build_objective",
-    "check_flags",
-    "notes",
-    "trained_classifiers",
-    "trained_exits",
-]
+__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "notes"]
 
 METHODS = ("PSKD", "BYOT", "DML")
 HYPERPARAMETERS = {"PSKD": ("alpha_T",), "BYOT": ("alpha", "temperature", "beta", "BYOT_from_k_block")}
@@ -42,10 +32,12 @@ def add_flags(parser) -> None:
     switch("--DML_as_published", help="DML: the published script's value, which has no gradient")
     text = "divide this part of each label among all classes, in every cross-entropy; not with --PSKD"
     number("--label_smoothing", float, 0.0, 0, 0.9, text, "off")
+    parser.set_defaults(exits=False)
 
 
 def check_flags(args, fail) -> None:
-    """Check combinations of the methods' flags; `fail(message)` reports an error and does not return."""
+    """Check combinations of the methods' flags, and tell from the losses whether the network needs exits;
+    `fail(message)` reports an error and does not return."""
     for off in ("DML_on_output", "DML_as_published"):
         if getattr(args, off) and not args.DML:
             fail(f"argument --{off}: has no effect without --DML")
@@ -53,9 +45,10 @@ def check_flags(args, fail) -> None:
         fail("argument --DML_on_output: cannot be used with --DML_as_published")
     if args.label_smoothing and args.PSKD:
         fail("argument --label_smoothing: cannot be used with --PSKD, which softens the labels itself")
+    args.exits = build_objective(args, num_samples=1, num_classes=1).uses_exits
     exits = args.num_resnet_blocks - 1
-    if (args.BYOT or args.DML) and not exits:
-        fail("argument --num_resnet_blocks: 1 block has no exit for --BYOT or --DML; use 2 to 4")
+    if args.exits and not exits:
+        fail("argument --num_resnet_blocks: 1 block has no exit for the losses; use 2 to 4")
     if args.BYOT and args.BYOT_from_k_block > exits:
         fail(
             f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} exceeds the number of exits; "
@@ -80,27 +73,14 @@ def build_objective(args, num_samples: int, num_classes: int) -> Objective:
         num_samples: M, images in the training split, the rows of PS-KD's memory.
         num_classes: K.
     """
-    targets = None
+    soften = None
     if args.PSKD:
-        targets = ProgressiveTargets(num_samples, num_classes, args.alpha_T, args.end_epoch)
+        soften = ProgressiveTargets(num_samples, num_classes, args.alpha_T, args.end_epoch)
     elif args.label_smoothing:
-        targets = LabelSmoothing(args.label_smoothing)
+        soften = LabelSmoothing(args.label_smoothing)
     terms = [CrossEntropy()]
     if args.BYOT:
         terms.append(BYOT(args.alpha, args.temperature, args.beta, args.BYOT_from_k_block))
     if args.DML:
         terms.append(PublishedDML() if args.DML_as_published else DML(on_output=args.DML_on_output))
-    return Objective(terms, targets)
-
-
-def trained_exits(args) -> list[bool]:
-    """For each exit, shallow to deep, whether a loss trains its classifier (a DML on features trains the exit's
-    feature and leaves the classifier on top of it at its initial weights)."""
-    by_dml = args.DML and args.DML_on_output
-    return [by_dml or (args.BYOT and i >= args.BYOT_from_k_block) for i in range(1, num_exits(args) + 1)]
-
-
-def trained_classifiers(args) -> list[str]:
-    """The names of the classifiers that a loss trains, shallow to deep."""
-    exits = [f"exit {i}" for i, is_trained in enumerate(trained_exits(args), start=1) if is_trained]
-    return [*exits, "final"]
+    return Objective(terms, soften)

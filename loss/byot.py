@@ -25,12 +25,14 @@ class BYOT(Term):
         from_block: k, the shallowest exit that is taught, from 1.
     """
 
+    uses_exits = True
+
     def __init__(self, alpha: float, temperature: float, beta: float, from_block: int):
         super().__init__()
-        self.alpha, self.tau, self.beta, self.from_block = alpha, temperature, beta, from_block
+        self.alpha, self.tau, self.beta, self.trains_from = alpha, temperature, beta, from_block
 
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
-        taught = slice(self.from_block - 1, None)
+        taught = slice(self.trains_from - 1, None)
         logits = torch.stack([*outputs.exit_logits[taught], outputs.logits])  # (C, N, K), i = k..B
         features = torch.stack([*outputs.exit_features[taught], outputs.feature])  # (C, N, D)
 

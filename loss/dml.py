@@ -17,9 +17,12 @@ class DML(Term):
         on_output: compare the classifiers' logits (N, K) in place of the features (N, D).
     """
 
+    uses_exits = True
+
     def __init__(self, on_output: bool = False):
         super().__init__()
         self.on_output = on_output
+        self.trains_from = 1 if on_output else None
 
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:
         if self.on_output:
@@ -36,6 +39,8 @@ class DML(Term):
 class PublishedDML(Term):
     """The published script's value for `--DML`: 1 / (B - 1) sum over i < B of CE(F_i, F_B) + CE(F_B, F_i), which is
     eq. 3 plus the entropies of both sides, as a number without a gradient."""
+
+    uses_exits = True
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: Tensor, index: Tensor, batch_size: int) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.exits import Outputs
-from utils import distributed
+from utils import launch
+from utils.records import classifier_names
 
 
 def one_hot(labels: Tensor, like: Tensor) -> Tensor:
@@ -15,20 +16,31 @@ def one_hot(labels: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter_(1, labels[:, None], 1.0)
 
 
-class Term(nn.Module):
-    """One term of the loss: `term(outputs, targets, index, batch_size) -> {name: scalar}`.
-
-    `targets` are classes (N,) int64 or probabilities (N, K), both as F.cross_entropy takes them; `index` (N,) int64
-    are the images' rows in the training split; `batch_size` is the number of images over all processes. A term
-    returns means over the N images that it is given; what the paper sums over the batch is `batch_size` times a mean.
-    State belongs in buffers, so that it travels in the checkpoint.
-    """
+class Component(nn.Module):
+    """A Term or SoftLabels. State belongs in buffers, so that it travels in the checkpoint."""
 
     def set_epoch(self, epoch: int) -> None:
         """Called before epoch `epoch`, counted from 0."""
 
     def end_epoch(self) -> None:
         """Called on every process after an epoch's last batch."""
+
+
+class Term(Component):
+    """One term of the loss: `term(outputs, targets, index, batch_size) -> {name: scalar}`.
+
+    `targets` are classes (N,) int64 or probabilities (N, K), both as F.cross_entropy takes them; `index` (N,) int64
+    are the images' rows in the training split; `batch_size` is the number of images over all processes. A term
+    returns means over the N images that it is given; what the paper sums over the batch is `batch_size` times a mean.
+    """
+
+    uses_exits = False  # whether the network needs its exits
+    trains_from: int | None = None  # the first exit whose classifier it trains, and those after it, counted from 1
+
+
+class SoftLabels(Component):
+    """Labels that every term sees in place of the given ones: `soften(outputs, labels, index) -> y_soft (N, K)`.
+    Labels are classes (N,) int64 or probabilities (N, K)."""
 
 
 class CrossEntropy(Term):
@@ -38,7 +50,7 @@ class CrossEntropy(Term):
         return {"ce": F.cross_entropy(outputs.logits, targets)}
 
 
-class LabelSmoothing(Term):
+class LabelSmoothing(SoftLabels):
     """y_soft = (1 - epsilon) y + epsilon / K (Szegedy et al., CVPR 2016, sec. 7); y may be soft already."""
 
     def __init__(self, epsilon: float):
@@ -61,41 +73,44 @@ class Objective(nn.Module):
     global batch: DistributedDataParallel averages gradients.
 
     Args:
-        terms: modules as Term describes them.
-        targets: a module `targets(outputs, labels, index) -> y_soft (N, K)` with Term's hooks; None: the labels.
+        soften: None leaves the labels as they are.
     """
 
-    def __init__(self, terms: list[nn.Module], targets: nn.Module | None = None):
+    def __init__(self, terms: list[Term], soften: SoftLabels | None = None):
         super().__init__()
         self.terms = nn.ModuleList(terms)
-        self.targets = targets
+        self.soften = soften
 
-    def _with_hooks(self) -> list[nn.Module]:
-        return [module for module in (self.targets, *self.terms) if module is not None]
+    @property
+    def uses_exits(self) -> bool:
+        return any(term.uses_exits for term in self.terms)
+
+    def trained_classifiers(self, num_exits: int) -> list[str]:
+        """The names of the classifiers that a term trains, shallow to deep."""
+        first = min(term.trains_from or num_exits + 1 for term in self.terms)
+        return classifier_names(num_exits + 1)[first - 1 :]
+
+    def _components(self) -> list[Component]:
+        return [component for component in (self.soften, *self.terms) if component is not None]
 
     def set_epoch(self, epoch: int) -> None:
         """Tell every term that epoch `epoch`, counted from 0, begins."""
-        for module in self._with_hooks():
-            module.set_epoch(epoch)
+        for component in self._components():
+            component.set_epoch(epoch)
 
     def end_epoch(self) -> None:
         """Tell every term that all images of the epoch have been seen."""
-        for module in self._with_hooks():
-            module.end_epoch()
-
-    @property
-    def alpha_t(self) -> float | None:
-        """PS-KD's weight of the previous epoch's prediction in this epoch, None without PS-KD."""
-        return getattr(self.targets, "alpha_t", None)
+        for component in self._components():
+            component.end_epoch()
 
     def forward(
         self, outputs: Outputs, labels: Tensor, index: Tensor, batch_size: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """labels, classes (N,) int64 or probabilities (N, K); index (N,) int64, the images' rows in the training split;
         batch_size, the number of images over all processes (default: N times the number of processes)."""
-        processes = distributed.world_size()
+        processes = launch.WORLD.size
         batch_size = batch_size or processes * len(labels)
-        targets = labels if self.targets is None else self.targets(outputs, labels, index)
+        targets = labels if self.soften is None else self.soften(outputs, labels, index)
         parts = {}
         for term in self.terms:
             parts.update(term(outputs, targets, index, batch_size))

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from loss.objective import Term, one_hot
+from loss.objective import SoftLabels, one_hot
 from models.exits import Outputs
-from utils import distributed
+from utils import distributed, launch
 
 
-class ProgressiveTargets(Term):
+class ProgressiveTargets(SoftLabels):
     """y_soft = (1 - alpha_t) y + alpha_t p_prev, with alpha_t = alpha_T (t + 1) / T in epoch t = 0..T-1.
 
     p_prev is the network's prediction for the same image in the previous epoch: softmax of its final logits, in
@@ -63,7 +63,7 @@ class ProgressiveTargets(Term):
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Bring together the rows that the processes wrote in this epoch."""
-        if distributed.world_size() > 1:
+        if launch.WORLD.size > 1:
             self.memory[~self.seen] = 0.0
             distributed.all_reduce_sum_(self.memory)
         self.seen.zero_()

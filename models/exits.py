@@ -1,14 +1,10 @@
-"""Auxiliary classifiers on intermediate stages, and the network that carries them."""
+"""Auxiliary classifiers on intermediate stages, and the network of a backbone and its exits."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from models.resnet import ResNet, init_weights
-from utils.records import classifier_names
 
 
 class Outputs(NamedTuple):
@@ -42,8 +38,7 @@ class BottleneckExit(nn.Module):
     """Exit of BYOT (Zhang et al., ICCV 2019): squeeze to D / 4 channels, one convolution that takes the map to
     the last stage's size, expand to D. Its kernel is 8, 4, 2 for exits 1, 2, 3, however many stages there are.
 
-    Stage i's map (N, C_i, H, H) -> map (N, D, h, w). The network averages it to the feature (N, D), and `fc` turns that
-    into logits (N, K).
+    Stage i's map (N, C_i, H, H) -> logits (N, K) and feature (N, D).
     """
 
     def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):
@@ -60,8 +55,8 @@ class BottleneckExit(nn.Module):
         )
         self.fc = nn.Linear(feature_dim, num_classes)
 
-    def forward(self, feature_map: Tensor) -> Tensor:
-        return self.body(feature_map)
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        return classify(self.fc, self.body(feature_map))
 
 
 def separable_conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -82,16 +77,17 @@ class AttentionExit(nn.Module):
     """Exit of SCAN (Zhang et al., NeurIPS 2019): the map, weighted by an attention computed from itself, then
     shrunk and widened to the last stage's size by B - i separable convolutions.
 
-    Stage i's map (N, C_i, H, H), H even -> map (N, D, h, w), used as a bottleneck exit's.
+    Stage i's map (N, C_i, H, H), H even -> logits (N, K) and feature (N, D).
     """
 
     def __init__(self, number: int, channels: int, feature_dim: int, num_classes: int):
         super().__init__()
         steps = []
         c = channels
-        while c < feature_dim:  # stages double their channels, so this makes B - i steps
-            steps.append(separable_conv(c, 2 * c))
-            c *= 2
+        while c < feature_dim:  # ResNet's stages double their channels, so this makes B - i steps
+            wider = min(2 * c, feature_dim)
+            steps.append(separable_conv(c, wider))
+            c = wider
         self.body = nn.Sequential(*steps)
         self.attention = nn.Sequential(
             separable_conv(channels, channels),
@@ -102,33 +98,51 @@ class AttentionExit(nn.Module):
         )
         self.fc = nn.Linear(feature_dim, num_classes)
 
-    def forward(self, feature_map: Tensor) -> Tensor:
-        return self.body(self.attention(feature_map) * feature_map)
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        return classify(self.fc, self.body(self.attention(feature_map) * feature_map))
 
 
-class MultiExitResNet(ResNet):
-    """A backbone with exits on its first B - 1 stages, or with none.
+class Backbone(NamedTuple):
+    """A network without its classifier: modules by the names that they have in its state_dict."""
 
-    Images (N, 3, S, S) -> Outputs, in the parameters' precision. Backbone parameters keep torchvision's names, the
-    exits' begin with `exits.`.
+    stem: dict[str, nn.Module]  # one after the other, images (N, 3, S, S) -> a map
+    stages: dict[str, nn.Module]  # B, each of which takes the map before it to its own, (N, C, H, W)
+    channels: list[int]  # C of each stage
+
+
+class MultiExitNetwork(nn.Module):
+    """A backbone with exits on its first B - 1 stages, or with none, and the final classifier.
+
+    Images (N, 3, S, S) -> Outputs, in the parameters' precision. The backbone's parameters keep their names, the final
+    classifier's begin with `fc.`, the exits' with `exits.`.
 
     Args:
-        backbone: ResNet's arguments.
         num_classes: K.
         exit_type: the kind of exit, or None for no exits.
-
-    `temperatures`, by classifier, divide the logits before a confidence is read; an exit without one, whose classifier
-    no loss trains, never decides. They are 1; `load_run`, and nothing else, sets a run's own.
     """
 
-    def __init__(self, backbone: dict, num_classes: int, exit_type: type[nn.Module] | None):
-        super().__init__(**backbone, num_classes=num_classes)
-        *inner, last = self.stage_channels
+    def __init__(self, backbone: Backbone, num_classes: int, exit_type: type[nn.Module] | None):
+        super().__init__()
+        for name, module in (backbone.stem | backbone.stages).items():
+            self.add_module(name, module)
+        self.stem_names, self.stage_names = list(backbone.stem), list(backbone.stages)
+        *inner, last = backbone.channels
+        self.fc = nn.Linear(last, num_classes)
+        init_weights(self)  # before any exit draws a number: the backbone starts alike with and without exits
         if exit_type is None:
             inner = []
         self.exits = nn.ModuleList(exit_type(i, c, last, num_classes) for i, c in enumerate(inner, start=1))
         init_weights(self.exits)
-        self.temperatures = dict.fromkeys(classifier_names(len(inner) + 1), 1.0)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in self.stage_names]  # by name, since a module may have been replaced
+
+    def stem(self, images: Tensor) -> Tensor:
+        x = images
+        for name in self.stem_names:
+            x = getattr(self, name)(x)
+        return x
 
     def forward(self, images: Tensor) -> Outputs:
         x = self.stem(images)
@@ -136,77 +150,17 @@ class MultiExitResNet(ResNet):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        exits = [classify(exit_.fc, exit_(m)) for exit_, m in zip(self.exits, maps, strict=False)]  # the last has none
+        exits = [exit_(m) for exit_, m in zip(self.exits, maps, strict=False)]  # the last has none
         logits, feature = classify(self.fc, x)
         return Outputs(logits, feature, tuple(z for z, _ in exits), tuple(f for _, f in exits))
 
-    @torch.no_grad()
-    def predict_early(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        """Classify each image at the first exit that is confident enough, computing nothing beyond it.
 
-        Args:
-            images: (N, 3, S, S), normalised; the network is in evaluation mode.
-            threshold: the largest probability, after the exit's temperature, from which on an exit decides. 0 stops
-                every image at the first exit that a loss trains; above 1 no exit is computed, and the logits are the
-                complete network's to the bit.
-
-        Returns:
-            logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
-            final classifier.
-        """
-        exits = self._deciding_exits(self.temperatures) if threshold <= 1 else {}
-        logits = images.new_zeros(len(images), self.fc.out_features, dtype=self.fc.weight.dtype)
-        decided_by = torch.full((len(images),), self.num_stages, device=images.device)
-        remaining = torch.arange(len(images), device=images.device)
-        x = self.stem(images)
-        for i, stage in enumerate(self.stages, start=1):
-            x = stage(x)
-            if i in exits:
-                exit_logits, _ = classify(exits[i].fc, exits[i](x))
-                stop = confidence(exit_logits, self.temperatures[f"exit {i}"]) >= threshold
-                logits[remaining[stop]], decided_by[remaining[stop]] = exit_logits[stop], i
-                if stop.all():
-                    return logits, decided_by
-                if stop.any():
-                    x, remaining = x[~stop], remaining[~stop]
-        logits[remaining], _ = classify(self.fc, x)
-        return logits, decided_by
-
-    def _deciding_exits(self, temperatures: dict[str, float]) -> dict[int, nn.Module]:
-        """The exits that have a temperature, by number."""
-        return {i: exit_ for i, exit_ in enumerate(self.exits, start=1) if f"exit {i}" in temperatures}
-
-    @torch.no_grad()
-    def multiply_adds(
-        self, image_size: int, temperatures: dict[str, float] | None = None
-    ) -> tuple[dict[str, int], int]:
-        """Multiply-adds of convolutions and linear layers per image of `image_size` pixels, counted while one runs.
-
-        Args:
-            temperatures: of the classifiers that may decide (default: the network's own).
-
-        Returns:
-            those of stopping at each deciding classifier, by name, every deciding exit on the way included, as
-            predict_early runs; and those of the backbone alone.
-        """
-        exits = self._deciding_exits(temperatures or self.temperatures)
-        totals, on_exits = {}, 0
-        image = torch.zeros(1, 3, image_size, image_size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
-        training = self.training
-        self.eval()
-        with FlopCounterMode(display=False) as counter:
-            x = self.stem(image)
-            for i, stage in enumerate(self.stages, start=1):
-                x = stage(x)
-                if i in exits:
-                    before = counter.get_total_flops()
-                    classify(exits[i].fc, exits[i](x))
-                    on_exits += counter.get_total_flops() - before
-                    totals[f"exit {i}"] = counter.get_total_flops() // 2
-            classify(self.fc, x)
-            totals["final"] = counter.get_total_flops() // 2
-        self.train(training)
-        return totals, totals["final"] - on_exits // 2
+def init_weights(module: nn.Module) -> None:
+    """Kaiming-normal, fan_out, for convolutions; PyTorch's defaults elsewhere, no zero-init of residuals
+    (as the published script)."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
 def classify(fc: nn.Linear, feature_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,8 +169,3 @@ def classify(fc: nn.Linear, feature_map: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(feature_map.device.type, enabled=False):
         feature = feature_map.to(fc.weight.dtype).mean(dim=(2, 3))
         return fc(feature), feature
-
-
-def confidence(logits: Tensor, temperature: float) -> Tensor:
-    """The largest probability of softmax(logits / temperature): (..., K) -> (...,)."""
-    return (logits / temperature).softmax(dim=-1).amax(dim=-1)

@@ -1,18 +1,22 @@
-"""A run's checkpoint -> a network ready to use."""
+"""A run's checkpoint -> a network ready to use; any file of weights -> a network to train."""
 
 import argparse
+import hashlib
+import io
+import os
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import models
-from models.exits import MultiExitResNet
+from models.exits import MultiExitNetwork
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_states, reading
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.records import best_epoch
 
 
-def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
+def load_run(path, epoch: str = "last") -> tuple[MultiExitNetwork, dict]:
     """The network of a run directory, on the CPU, in evaluation mode and channels_last, and what is needed to use it.
 
     Args:
@@ -20,11 +24,9 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
         epoch: "last" or "best".
 
     Returns:
-        model, its `temperatures` being the fitted ones where the run had `--val_split`; and a dict with
-        `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `stored_size` (height and width to which image
-        files are brought first), `image_size` (pixels, to which they are then resized), `splits` (number and digest of
-        the images), `args` (the run's flags, a Namespace), `epoch` (from 0), `temperatures` (by classifier, or
-        None where none were fitted).
+        model; and a dict with `class_names` (K), `mean` and `std` (3 each, of RGB in 0..1), `image_size` (pixels),
+        `data` (these and more, a DataRecord), `args` (the run's flags, a Namespace), `epoch` (from 0), `temperatures`
+        (of each classifier that a loss trains, by name; 1 where none were fitted), `is_calibrated` (whether they were).
 
     Raises:
         UserError: the checkpoint is missing or damaged, or BEST is not of the run's best epoch.
@@ -34,12 +36,49 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitResNet, dict]:
     run = checkpoint.run
     if epoch == "best" and best_epoch(run.history).epoch != checkpoint.epoch:
         raise UserError(f"{file} is of epoch {checkpoint.epoch + 1}, which is not the best of its run")
-    args, info = argparse.Namespace(**run.args), vars(run.data).copy()
     with reading(file):
+        parser = argparse.ArgumentParser()
+        models.add_flags(parser)
+        args = parser.parse_args([], argparse.Namespace(**run.args))  # defaults, where its program was older
         model = models.build_model(args, len(run.data.class_names)).eval().to(memory_format=torch.channels_last)
         load_states(checkpoint, model=model)
         temperatures = run.test[epoch].temperatures if run.test else None
-        trained = [name for name in run.history[-1].val if name != "ensemble"]
-        model.temperatures = temperatures or dict.fromkeys(trained, 1.0)
-        info |= {"image_size": args.image_size, "args": args, "epoch": checkpoint.epoch, "temperatures": temperatures}
-    return model, info
+    info = {"image_size": args.image_size, "data": run.data, "args": args, "epoch": checkpoint.epoch}
+    info |= {"temperatures": temperatures or dict.fromkeys(run.trained, 1.0), "is_calibrated": temperatures is not None}
+    return model, vars(run.data) | info
+
+
+def read_weights(path: str) -> tuple[str, dict[str, Tensor]]:
+    """The digest of a file, and the tensors by name in it: the network of a run directory's last checkpoint or of
+    another checkpoint, or a state_dict, such as torchvision's.
+
+    Raises:
+        UserError: the file is missing or holds something else. No code from it is run.
+    """
+    file = Path(path, LAST) if os.path.isdir(path) else Path(path)
+    try:
+        if not os.path.isfile(file):  # a pipe or a device could be read for ever
+            raise ValueError("no such regular file")
+        content = file.read_bytes()
+        entries = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        tensors = {name: entry for name, entry in entries.get("model", entries).items() if torch.is_tensor(entry)}
+    except Exception as e:  # unpickling a foreign file can raise anything
+        raise UserError(f"{file} holds no weights ({first_line(e)})") from None
+    return hashlib.sha256(content).hexdigest()[:16], tensors
+
+
+def load_weights(model: nn.Module, path: str) -> str:
+    """Give the network those of the weights in a file (`read_weights`) that have its names and shapes; returns a line
+    that says how many, and which parts keep others.
+
+    Raises:
+        UserError: there are none, or the file cannot be read.
+    """
+    _, found = read_weights(path)
+    own = model.state_dict()
+    taken = {name: tensor for name, tensor in found.items() if name in own and tensor.shape == own[name].shape}
+    if not taken:
+        raise UserError(f"{path}: none of its {len(found)} tensors has name and shape of one of this network's")
+    model.load_state_dict(own | taken)
+    rest = dict.fromkeys(name.partition(".")[0] for name in own if name not in taken)
+    return f"{len(taken)} of {len(own)} tensors are from {path}; initial weights in: {', '.join(rest) or 'none'}"

@@ -4,13 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def init_weights(module: nn.Module) -> None:
-    """Kaiming-normal, fan_out, for convolutions; PyTorch's defaults elsewhere, no zero-init of residuals
-    (as the published script)."""
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+from models.exits import Backbone
 
 
 class _SlicedConv1x1(nn.Conv2d):
@@ -26,49 +20,38 @@ class _SlicedConv1x1(nn.Conv2d):
         return F.conv2d(x, self.weight)
 
 
-class ResNet(nn.Module):
+def resnet(
+    block: str, depths: tuple[int, ...], num_stages: int, width: int, groups: int = 1, width_per_group: int = 64
+) -> Backbone:
     """ResNet / ResNeXt for small images (He et al. 2016; Xie et al. 2017): a 3 x 3 stem of stride 1, no pooling.
 
     Stage s has `width * 2**(s - 1) * expansion` channels and, from the second on, halves the map. The parameters
-    have torchvision's names; those of `conv1` and `fc` have other shapes than its ImageNet networks' (README, "Build on
-    it", loads the rest).
+    have torchvision's names; `conv1` has another shape than its ImageNet networks'.
 
     Args:
-        block: torchvision's BasicBlock or Bottleneck.
-        depths: residual blocks in each of the B stages.
-        num_classes: K.
+        block: "BasicBlock" or "Bottleneck", torchvision's.
+        depths: residual blocks per stage, of which the first `num_stages` are built.
         width: channels of the stem and of the first stage before expansion.
         groups, width_per_group: as torchvision's.
     """
+    # here, because importing torchvision takes as long as PyTorch, and --help does not need it
+    from torchvision.models import resnet
 
-    def __init__(self, block, depths, num_classes, width, groups, width_per_group):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.num_stages = len(depths)  # B
-        self.stage_channels = []
-        channels = width
-        for s, depth in enumerate(depths):
-            planes, stride = width * 2**s, 1 if s == 0 else 2
-            out = planes * block.expansion
-            downsample = None
-            if stride != 1 or channels != out:
-                conv = _SlicedConv1x1 if channels < 16 and stride > 1 else nn.Conv2d
-                downsample = nn.Sequential(conv(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            blocks = [block(channels, planes, stride, downsample, groups, width_per_group)]
-            blocks += [block(out, planes, groups=groups, base_width=width_per_group) for _ in range(1, depth)]
-            setattr(self, f"layer{s + 1}", nn.Sequential(*blocks))
-            self.stage_channels.append(out)
-            channels = out
-        self.fc = nn.Linear(channels, num_classes)
-        init_weights(self)
-
-    @property
-    def stages(self) -> list[nn.Module]:
-        """The B stages; stage s gives maps (N, C_s, S / 2**(s-1), S / 2**(s-1))."""
-        return [getattr(self, f"layer{s}") for s in range(1, self.num_stages + 1)]
-
-    def stem(self, images: Tensor) -> Tensor:
-        """Images (N, 3, S, S) -> (N, width, S, S)."""
-        return self.relu(self.bn1(self.conv1(images)))
+    make_block = getattr(resnet, block)
+    conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    stem = {"conv1": conv1, "bn1": nn.BatchNorm2d(width), "relu": nn.ReLU(inplace=True)}
+    stages, stage_channels = {}, []
+    channels = width
+    for s, depth in enumerate(depths[:num_stages]):
+        planes, stride = width * 2**s, 1 if s == 0 else 2
+        out = planes * make_block.expansion
+        downsample = None
+        if stride != 1 or channels != out:
+            conv = _SlicedConv1x1 if channels < 16 and stride > 1 else nn.Conv2d
+            downsample = nn.Sequential(conv(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        blocks = [make_block(channels, planes, stride, downsample, groups, width_per_group)]
+        blocks += [make_block(out, planes, groups=groups, base_width=width_per_group) for _ in range(1, depth)]
+        stages[f"layer{s + 1}"] = nn.Sequential(*blocks)
+        stage_channels.append(out)
+        channels = out
+    return Backbone(stem, stages, stage_channels)

@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-import timeit
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,12 @@ from data import build_loaders
 from loss import METHODS, build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
-from utils.compile import CompiledNetwork
+from utils.compile import Compiled
 from utils.cuda_graph import GraphedStep
 from utils.distributed import local_device
 from utils.engine import TrainStep, build_optimizer, train_one_epoch
-from utils.flags import number_type
 from utils.machine import environment, set_up_torch
+from utils.parser import Parser, number_type
 
 CONFIGS = {  # name -> flags of main.py; the reference and _nchw keep weights and images in NCHW
     "reference": "--precision=fp32",
@@ -50,7 +49,6 @@ COLUMNS = {
     "images/s": ("images_per_second", ".1f"),
     "half IQR": ("half_iqr", ".1f"),
     "times reference": ("times_reference", ".2f"),
-    "of matrix ceiling": ("share_of_ceiling", ".1%"),
     "compiling, s": ("seconds_compiling", ".1f"),
     "peak GPU GiB": ("peak_memory_gib", ".1f"),
     "s per epoch of main.py": ("seconds_per_epoch", ".2f"),
@@ -62,7 +60,7 @@ class ReferenceImages(Dataset):
 
     def __init__(self, loader):
         crop = transforms.RandomCrop(loader.image_size, padding=loader.image_size // 8)
-        to_tensor = transforms.ToTensor(), transforms.Normalize(loader.mean, loader.std)
+        to_tensor = transforms.ToTensor(), transforms.Normalize(loader.record.mean, loader.record.std)
         self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
         self.raw_images = list(map(transforms.ToPILImage(), loader.raw_images(torch.arange(loader.num_samples))))
         self.labels = loader.labels.tolist()
@@ -90,21 +88,6 @@ class HostTargets(ProgressiveTargets):
         return super().forward(on_host, labels.cpu(), index.cpu()).to(labels.device)
 
 
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product of random numbers, the best of a hundred."""
-    n, dtype = 8192 if device.type == "cuda" else 512, torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=100)  # item() waits for the device
-    return 2 * n**3 / min(seconds)
-
-
-def flop_per_image(model: torch.nn.Module, image_size: int) -> int:
-    """FLOP of forward and backward: three times the forward's, less the gradient of the images, which nobody needs.
-    (PyTorch counts the backward of grouped convolutions wrong.)"""
-    costs, _ = model.multiply_adds(image_size)
-    return 3 * 2 * costs[-1] - 2 * model.conv1.weight.numel() * image_size**2
-
-
 def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> dict:
     """Images per second in each of own.rounds epochs of own.steps steps, after a first one."""
     device, is_reference = local_device(args.device), name == "reference"
@@ -128,9 +111,9 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
         batches.num_samples = loader.num_samples  # which train_one_epoch reads
         optimizer.param_groups[0]["fused"] = None  # PyTorch's default
         if args.PSKD:
-            objective.targets = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
+            objective.soften = HostTargets(loader.num_samples, loader.num_classes, args.alpha_T, args.end_epoch)
     step_type = ReferenceStep if is_reference else TrainStep
-    network = CompiledNetwork(model) if args.compile else model
+    network = Compiled(model) if args.compile else model
     step = step_type(network, objective, optimizer, device, args.precision, args.compile)
     if args.cuda_graph:
         step = GraphedStep(step)
@@ -146,8 +129,7 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
     line["seconds_compiling"] = epochs[0]["seconds"] - min(epoch["seconds"] for epoch in epochs)
     if on_gpu:  # reserved, because replaying a graph allocates nothing
         line["peak_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    line["matrix_flop_per_second"] = matrix_rate(device, args.precision)
-    return line | {"flop_per_image": flop_per_image(model, args.image_size)}
+    return line
 
 
 def time_epochs(argv: list[str], rounds: int) -> dict:
@@ -183,7 +165,6 @@ def table(files: list[str]) -> str:
         if row["rounds"]:
             low, rate, high = np.percentile(row["rounds"], (25, 50, 75))
             row |= {"images_per_second": rate, "half_iqr": (high - low) / 2}
-            row["share_of_ceiling"] = rate * row["flop_per_image"] / row["matrix_flop_per_second"]
             if (run, "reference") in rows:
                 row["times_reference"] = rate / np.median(rows[run, "reference"]["rounds"])
         methods = " + ".join(method for method in METHODS if row[method]) or "none"
@@ -193,9 +174,7 @@ def table(files: list[str]) -> str:
 
 
 def command_line(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add, number = parser.add_argument, number_type(int, 1, 10**6)
     add("--configs", nargs="+", choices=CONFIGS, default=["reference", "eager"], metavar="C", help=", ".join(CONFIGS))
     add("--rounds", type=number, default=5, help="per configuration, after one to warm up (default: 5)")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import figures
+from utils.parser import Parser
 
 # All positions are in inches; x and y of a box are its middle.
 SIZE = 11.2, 5.4
@@ -126,7 +127,7 @@ def draw_losses(axis) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path = Path(__file__).resolve().parent / "results" / "method.png"
     parser.add_argument("--out", type=Path, default=path, metavar="FILE", help="(default: %(default)s)")
     args = parser.parse_args(argv)

@@ -19,20 +19,23 @@ them; each network and data set has a panel.
 import argparse
 import json
 import signal
+import sys
 import textwrap
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs, paired_intervals
 from paper import ROOT
 from runs import DAMAGED, Run, find_runs, group_runs
 
 from utils import figures
 from utils.errors import UserError, print_error, printable, run_command
-from utils.flags import path_type
 from utils.metrics import confidence_and_error
+from utils.parser import Parser, path_type
 
 BASE = "baseline"  # its label; black, solid and thick in all figures
 # Nine colours, so that the ten settings of a study have one each: Paul Tol's "muted" scheme, distinguishable by the
@@ -302,7 +305,7 @@ def plot(paths: list[Path], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "run directories, directories that hold some, or study files (default: the repository's experiments)"
     parser.add_argument("runs", nargs="*", type=path_type, default=[ROOT / "experiments"], metavar="RUNS", help=text)
     text = "(default: %(default)s)"

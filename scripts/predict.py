@@ -18,25 +18,29 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import stored_size
 from data.images import list_images, note_skipped, read_image
 from data.loader import Loader
 from data.readers import Split
 from models import load_run
-from models.exits import MultiExitResNet, confidence
+from models.early_exit import confidence, multiply_adds, predict_early
+from models.exits import MultiExitNetwork
+from utils.calibration import NEVER
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
-from utils.flags import number_type, path_type
+from utils.parser import Parser, number_type, path_type
+from utils.records import classifier_names
 
 BATCH_SIZE = 128
 HEADINGS = ("image", "class", "confidence", "decided by", "multiply-adds (% of the backbone)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
     parser.add_argument("images", type=path_type, nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    text = "confidence in 0..1 at which an exit decides (default: 1.01, never; results.json has one chosen for the run)"
-    parser.add_argument("--threshold", type=number_type(float, 0, 10), default=1.01, metavar="T", help=text)
+    text = f"confidence at which an exit decides (default: {NEVER}, never; results.json has one chosen for the run)"
+    parser.add_argument("--threshold", type=number_type(float, 0, NEVER), default=NEVER, metavar="T", help=text)
     parser.add_argument("--epoch", choices=("last", "best"), default="last", help="(default: %(default)s)")
     parser.add_argument("--csv", type=path_type, metavar="FILE", help="write the table there instead of printing it")
     return parser.parse_args(argv)
@@ -56,7 +60,7 @@ def predict(args: argparse.Namespace) -> int:
     if args.csv:
         args.csv.touch()  # before the work, not after it
     model, info = load_run(args.run, args.epoch)
-    if info["temperatures"] is None:
+    if not info["is_calibrated"]:
         text = "confidences are not calibrated: the run had no --val_split to fit temperatures on"
         print(f"note: {text}", file=sys.stderr)
     paths = find_images(args.images)
@@ -94,29 +98,31 @@ def find_images(given: list[Path]) -> list[str]:
     return paths
 
 
-def classify(model: MultiExitResNet, info: dict, paths: list[str], threshold: float) -> list[tuple]:
+def classify(model: MultiExitNetwork, info: dict, paths: list[str], threshold: float) -> list[tuple]:
     """A row (HEADINGS) per image; for a file that is none, an error is printed."""
     found, pixels = [], []
     for path in paths:
         try:
-            pixels.append(read_image(path, tuple(info["stored_size"])))
+            pixels.append(read_image(path, stored_size(info["args"])))
             found.append(path)
         except UserError as e:
             tqdm.write(f"error: {printable(str(e))}", file=sys.stderr)
     if not found:
         return []
 
-    costs, backbone = model.multiply_adds(info["image_size"])
-    if threshold > 1:
+    temperatures = info["temperatures"]
+    costs, backbone = multiply_adds(model, info["image_size"], temperatures)
+    if threshold == NEVER:
         costs["final"] = backbone  # no exit is computed
+    names = classifier_names(len(model.stages))
     rows = []
     split = Split(np.stack(pixels), np.zeros(len(pixels), dtype=np.int64))  # labels that nothing reads
-    for images, _, index in Loader(split, info, info["image_size"], torch.device("cpu")):  # as for validation
-        logits, decided_by = model.predict_early(images, threshold)
+    for images, _, index in Loader(split, info["data"], info["image_size"], torch.device("cpu")):  # as for validation
+        logits, decided_by = predict_early(model, images, threshold, temperatures)
         for row, image_logits, number in zip(index.tolist(), logits, decided_by.tolist(), strict=True):
-            classifier = "final" if number == model.num_stages else f"exit {number}"
+            classifier = names[number - 1]
             name = info["class_names"][image_logits.argmax()]
-            certainty = confidence(image_logits, model.temperatures[classifier]).item()
+            certainty = confidence(image_logits, temperatures[classifier]).item()
             rows.append((found[row], name, certainty, classifier, 100 * costs[classifier] / backbone))
     return rows
 

@@ -11,5 +11,5 @@ echo "installing into $venv; PyTorch is some gigabytes and takes minutes the fir
 echo "training; one to five minutes on a CPU"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # more threads wait for each other: much slower where the machine is busy
 "$venv/bin/python" main.py --PSKD --BYOT --DML --data_type synthetic --limit_train 5000 --end_epoch 3 \
-    --width 16 --lr_decay_schedule 2 --run_name quickstart "$@"
+    --width 16 --run_name quickstart "$@"
 echo "for the commands above and in the README: source $venv/bin/activate"

@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
 def paper_flags() -> dict:
     """The paper's setting: main.py's defaults. They are not checked, so that no device is asked for memory."""
-    return vars(default_args()) | {"precision": "fp32"}
+    return vars(default_args()) | {"precision": "fp32", "lr_decay_schedule": [150, 225]}
 
 
 def find_runs(paths: list[Path]) -> dict[str, Path | str]:

@@ -1,16 +1,17 @@
 """Print README's table of the study of twenty classes."""
 
-import argparse
 import signal
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs
 from paper import table_rows
 from runs import COLUMNS, Run, find_runs, group_runs
 from tables import cell_text, make_paired_table, mean_cell
 
 from utils.errors import UserError, print_error, run_command
-from utils.flags import path_type
+from utils.parser import Parser, path_type
 
 STUDY = Path(__file__).parent / "results" / "cifar100_20classes.jsonl"
 SETTINGS = {  # the label that summarize.py gives a setting -> README's words
@@ -81,7 +82,7 @@ def study_table(files: list[Path]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("files", nargs="*", type=path_type, default=[STUDY], help="study files (default: %(default)s)")
     args = parser.parse_args(argv)
     try:

@@ -10,8 +10,10 @@ reason.
 import argparse
 import json
 import signal
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs
 from paper import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
 from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs
@@ -20,8 +22,8 @@ from tables import FORMATS, Line, Table, make_paired_table, make_table
 from main import RUNTIME_FLAGS
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
-from utils.flags import path_type
 from utils.metrics import SHOWN
+from utils.parser import Parser, path_type
 
 PAPER_DATA = PUBLISHED["table1"]["dataset"]
 DEFAULT = (*SHOWN, "ece_after_T", "early_exit", *TIMES)
@@ -147,7 +149,7 @@ def export(file: Path, runs: list[Run]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     text = "directories of runs, or exported files (default: the repository's experiments)"
     add("runs", nargs="*", type=path_type, default=[ROOT / "experiments"], metavar="RUNS", help=text)

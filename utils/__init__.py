@@ -1,6 +1,6 @@
 """What training and evaluation need and no method, network or data set is named in; imports none of those packages.
 
-flags           the parser, kinds of flags, and the flags of optimisation and run
+parser, flags   every command line's parser, and kinds of flags; the flags of optimisation and run
 errors          errors as one line; signals that end a run
 machine         random seeds; what the hardware can do; the facts about it that a run records
 files           atomic writes of JSON and arrays; knows no format
@@ -11,5 +11,7 @@ engine          one epoch of training, one pass of validation, the optimiser and
 metrics         the metrics, and METRICS, the table of their names and units
 calibration     temperatures, and what early exit saves, from logits
 logger, figures     an epoch's record -> console, log file, TensorBoard; diagrams
-distributed, compile, cuda_graph    several processes; a compiled network; a captured training step
+launch          this process's rank among how many; needs no PyTorch, as parser, errors and records need none
+distributed     what several processes do together
+compile, cuda_graph     a compiled network and objective; a captured training step
 """

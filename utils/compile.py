@@ -1,22 +1,34 @@
-"""torch.compile for the network, in one process or in several."""
+"""torch.compile for the network and the objective, in one process or in several."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
-class CompiledNetwork(nn.Module):
-    """The network through torch.compile, for batches of the first one's size. Others, such as the last of an epoch, run
-    uncompiled: they are too rare to pay for a second compilation.
+class FirstShape:
+    """Whether a batch has the first one's shape. Others, such as the last of an epoch, are too rare to pay for a second
+    compilation or capture."""
 
-    It goes inside DistributedDataParallel, whose own forward torch.compile cannot follow.
+    def __init__(self):
+        self.shape = None
+
+    def __call__(self, shape) -> bool:
+        self.shape = self.shape or shape
+        return shape == self.shape
+
+
+class Compiled(nn.Module):
+    """A module through torch.compile, for batches of the first one's shape: that of its last input, a tensor or the
+    batch size itself.
+
+    A network is compiled inside DistributedDataParallel, whose own forward torch.compile cannot follow.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.network = network
-        self.compiled = torch.compile(network.forward, dynamic=False)
-        self.shape = None  # of the first batch
+        self.module = module
+        self.compiled = torch.compile(module.forward, dynamic=False)
+        self.has_first_shape = FirstShape()
 
-    def forward(self, images: Tensor):
-        self.shape = self.shape or images.shape
-        return self.compiled(images) if images.shape == self.shape else self.network(images)
+    def forward(self, *inputs):
+        shape = getattr(inputs[-1], "shape", inputs[-1])
+        return self.compiled(*inputs) if self.has_first_shape(shape) else self.module(*inputs)

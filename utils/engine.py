@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
+from utils import distributed, launch
+from utils.compile import Compiled
+from utils.errors import phase
 from utils.metrics import all_metrics, per_sample, rows_per_chunk
 from utils.records import Classifiers, classifier_names
 
@@ -78,7 +80,7 @@ class Meter:
             self.names = list(parts)
             self.sums = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         # A part's mean over processes is the global batch's (loss/objective.py); wrong predictions just add up.
-        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / distributed.world_size())
+        self.sums.add_(torch.stack(list(parts.values())), alpha=batch_size / launch.WORLD.size)
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
         self.num_wrong += (logits.argmax(dim=1) != classes).sum()
 
@@ -89,7 +91,7 @@ class Meter:
 
     def local_means(self) -> dict[str, float]:
         """An estimate of `means` from this process's shard alone."""
-        return self._means(self._all_sums() * distributed.world_size())
+        return self._means(self._all_sums() * launch.WORLD.size)
 
     def _all_sums(self) -> Tensor:
         return torch.cat([self.sums, self.num_wrong.double()[None]])
@@ -103,10 +105,10 @@ class TrainStep:
     """Forward, loss, backward, update and meter of one batch.
 
     Args:
-        model: the network, in training mode, as it is or as CompiledNetwork or DistributedDataParallel wrap it.
+        model: the network, in training mode, as it is or as Compiled and DistributedDataParallel wrap it.
         objective: `objective(outputs, labels, index, batch_size) -> (loss, parts)`.
         precision: `--precision`, under which the network computes.
-        compile: run the objective through torch.compile, as CompiledNetwork runs the network.
+        compile: run the objective through torch.compile.
         transform: the place where a batch may be changed before it is trained on:
             `transform(images (N, 3, S, S), labels (N,)) -> (images, soft labels (N, K))`. It runs at the beginning of
             every step, outside of what is compiled or captured. None leaves batches as they are.
@@ -134,15 +136,12 @@ class TrainStep:
         self.device, self.precision = device, precision
         self.meter = Meter(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.compiled_objective = torch.compile(objective, dynamic=False) if compile else objective
-        self.compiled_size = None  # of the first batch
+        self.loss = Compiled(objective) if compile else objective
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
         with autocast(self.precision, self.device):
             outputs = self.model(images)
-        self.compiled_size = self.compiled_size or batch_size
-        objective = self.compiled_objective if batch_size == self.compiled_size else self.objective
-        loss, parts = objective(outputs, labels, index, batch_size)
+        loss, parts = self.loss(outputs, labels, index, batch_size)
         return loss, parts, outputs.logits
 
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
@@ -199,6 +198,7 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
 
 
 @torch.no_grad()
+@phase("evaluation")
 def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     """Logits of every classifier for a complete split, shallow to deep, the final one last: (B, M, K) float32, and
     labels (M,). Every process has all of them."""
@@ -219,6 +219,7 @@ def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     return distributed.all_reduce_sum_(logits), distributed.all_reduce_sum_(all_labels)
 
 
+@phase("evaluation")
 def evaluate(logits: Tensor, labels: Tensor, trained: list[str]) -> Classifiers:
     """Metrics (`utils.records.METRICS`) of every classifier that a loss trains and, if there are several, of their
     `ensemble`, the mean of their probabilities.

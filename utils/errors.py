@@ -5,7 +5,6 @@ import io
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -71,20 +70,26 @@ def describe_error(error: Exception, args) -> str | None:
         path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
     if is_out_of_memory(error):
-        return _describe_memory(error, args)
+        half = ", or use --precision bf16" if args.precision in ("fp32", "tf32") else ""
+        if getattr(error, "phase", "training") == "evaluation":  # whose batch has a size of its own
+            return f"out of memory in evaluation on {args.device}: free memory that other programs use{half}"
+        what = f"out of memory in training with --batch_size {args.batch_size} on {args.device}"
+        return f"{what}: lower --batch_size, --image_size or --width{half}"
+    if "can't start new thread" in str(error):
+        return "no further thread can be started: raise the limit of processes (ulimit -u)"
     if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error)):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None
 
 
-def _describe_memory(error: Exception, args) -> str:
-    """The line for too little memory: in which phase, and what helps there."""
-    half = ", or use --precision bf16" if args.precision in ("fp32", "tf32") else ""
-    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if not functions.isdisjoint(("predict", "evaluate")):  # whose batch has a size of its own
-        return f"out of memory in evaluation on {args.device}: free memory that other programs use{half}"
-    what = f"out of memory in training with --batch_size {args.batch_size} on {args.device}"
-    return f"{what}: lower --batch_size, --image_size or --width{half}"
+@contextlib.contextmanager
+def phase(name: str):
+    """Within, or in a function that this decorates, an error says in its `phase` where it arose."""
+    try:
+        yield
+    except Exception as error:
+        error.phase = name
+        raise
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -122,26 +127,21 @@ def run_command(command: Callable[[], int | None]) -> None:
 
     Standard output and error may be closed, also while it runs, and escape what their encoding lacks.
     """
-    for number in range(3):  # a closed one would be given to a file, in which libraries would write their messages
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by `>&-`: the next file that is opened would get its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is another
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = command()
     finally:
         for name in ("stdout", "stderr"):
-            try:
-                getattr(sys, name).flush()
-            except BrokenPipeError:
-                setattr(sys, name, None)  # a pager that was left: Python, too, flushes at its end, and would complain
-            except OSError:
-                pass  # a full disk: Python says so at its end, with status 120
+            with contextlib.suppress(OSError):  # a full disk: Python says so at its end, with status 120
+                try:
+                    getattr(sys, name).flush()
+                except BrokenPipeError:
+                    setattr(sys, name, None)  # a pager that was left: Python would complain at its end
     sys.exit(status)
 
 

@@ -98,7 +98,7 @@ def image_sheet(Figure, images: Tensor, captions: list[list[str]], title: str):
 def training_images(loader):
     """Yield (name, figure): the first 64 images of the loader's current epoch, augmented, with their classes."""
     images, labels, _ = next(iter(loader))
-    captions = [[loader.class_names[label]] for label in labels[:64].tolist()]
+    captions = [[loader.record.class_names[label]] for label in labels[:64].tolist()]
     title = f"Training images of epoch {loader.epoch + 1}"
     with drawing() as Figure:
         yield "training_images", image_sheet(Figure, loader.denormalise(images[:64]), captions, title)
@@ -118,8 +118,8 @@ def predictions(logits: Tensor, labels: Tensor, loader):
         mistakes = (confidence * error).argsort(descending=True)[: min(32, num_mistakes)]
         captions = []
         for i in mistakes.tolist():
-            true = loader.class_names[labels[i]]
-            predicted = loader.class_names[logits[i].argmax()]
+            true = loader.record.class_names[labels[i]]
+            predicted = loader.record.class_names[logits[i].argmax()]
             captions.append([true, predicted, f"{100 * confidence[i]:.1f} %"])
         if captions:
             title = "Most confident mistakes: true class, predicted class and its probability"

@@ -1,113 +1,21 @@
-"""The command line: the parser, number types, and the flags of optimisation and run.
+"""The flags of optimisation and run.
 
 The packages data, models and loss declare their own flags in `add_flags` and check them in `check_flags`; `main.py`
 assembles them.
 """
 
 import argparse
-import difflib
 import functools
+import math
 import os
 from pathlib import Path
 
 import torch
 
-from utils import distributed
-from utils.errors import printable
+from utils import distributed, launch
 from utils.machine import has_bf16_instructions
+from utils.parser import add_flag, add_number, add_path, add_switch, check_name, number_type
 from utils.resume import MAY_CHANGE
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags have kinds (`add_flag`), and whose error is one line from each machine."""
-
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            meant = [meant for word in unknown if word.startswith("--") for meant in self._meant_by(word)]
-            hint = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return found
-
-    def _meant_by(self, word: str) -> list[str]:
-        """The flags that an unknown one may mean: those with a name like it, here or in other programs."""
-        flags = {}
-        for action in self._actions:
-            for name in (action.dest, *getattr(action, "also", ())):
-                flags.setdefault(name.lower(), []).append(f"--{action.dest}")
-        given = word.lstrip("-").partition("=")[0].lower()
-        nearest = difflib.get_close_matches(given, flags, n=1, cutoff=0.75)
-        return flags[nearest[0]] if nearest else []
-
-    def error(self, message: str):
-        if not distributed.is_local_main():  # what is wrong with flags or machine is wrong for all of its processes
-            distributed.wait_for_rank_0()
-            self.exit(2)
-        super().error(printable(message))
-
-    def names(self, *kinds: str) -> set[str]:
-        """The flags of these kinds."""
-        return {action.dest for action in self._actions if getattr(action, "kind", None) in kinds}
-
-    def given(self, argv: list[str] | None) -> set[str]:
-        """The flags that stand on a command line."""
-        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
-        return {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None}
-
-
-def number_type(kind: type, low, high):
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            word, spec = ("integer", "") if kind is int else ("number", "g")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {word}, from {low:{spec}} to {high:{spec}}")
-        return value
-
-    return convert
-
-
-def path_type(text: str) -> Path:
-    """An argparse type: a path in which `~` is expanded, as shells do not after `=`."""
-    return Path(os.path.expanduser(text))
-
-
-def add_flag(group, flag: str, kind: str = "experiment", also: str = "", **options) -> None:
-    """Add a flag.
-
-    Args:
-        kind: "experiment": it defines the experiment, as all do that do not say otherwise. "runtime": it says where and
-            how a run is computed or stored, so that it may differ on resume. "machine": so it does, and the processes
-            of one run may differ in it.
-        also: what other programs call it, to answer those who type that.
-        options: argparse's.
-    """
-    action = group.add_argument(flag, **options)
-    action.kind, action.also = kind, also.split()
-
-
-def add_switch(group, flag: str, kind: str = "experiment", **options) -> None:
-    """Add a flag that is off unless it is given."""
-    add_flag(group, flag, kind, action="store_true", **options)
-
-
-def add_number(group, flag: str, number: type, default, low, high, text: str, reason: str, **options) -> None:
-    """Add a flag for a number from `low` to `high`; `reason` is the default's reason or source, `options` are
-    add_flag's."""
-    shown = "" if default is None else f"{default:g}, "
-    text = f"{text} (default: {shown}{reason})"
-    metavar = "N" if number is int else "X"
-    convert = number_type(number, low, high)
-    add_flag(group, flag, type=convert, default=default, metavar=metavar, help=text, **options)
-
-
-def add_path(group, flag: str, kind: str, text: str, **options) -> None:
-    """Add a flag for a path, as a string in which `~` is expanded."""
-    add_flag(group, flag, kind, type=os.path.expanduser, help=text, **options)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,9 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--lr_decay_schedule",
         type=number_type(int, 1, 10**9),
         nargs="*",
-        default=[150, 225],
         metavar="EPOCH",
-        help="step: epochs, ascending, at which the rate drops (default: 150 225, paper)",
+        help="step: epochs, ascending, at which the rate drops (default: 1/2 and 3/4 of --end_epoch, paper)",
         also="milestones",
     )
     text = "increase the rate linearly over the first N epochs: --lr / (N + 1), 2 --lr / (N + 1), ..."
@@ -149,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     path("--experiments_dir", "machine", text, default="experiments", metavar="DIR", also="output output_dir out")
     text = "the run's directory (default: <data>_<model>_<methods>_seed<seed>; runs that differ in other flags need"
     text += " names of their own)"
-    add("--run_name", "runtime", metavar="NAME", help=text)
+    add("--run_name", "runtime", type=check_name, metavar="NAME", help=text)
     text = (
         "continue this checkpoint or run directory, with the same flags and images, in the run directory, unless that"
     )
@@ -166,8 +73,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=MAY_CHANGE,
         default=[],
         metavar="NAME",
-        help="let these differ on resume, and record it: end_epoch, precision, processes (default: none, since a run is"
-        " then no longer what one command computes)",
+        help="let these differ on resume, and record it: end_epoch, and with it the default of --lr_decay_schedule;"
+        " lr_decay_schedule, precision, processes (default: none, since a run is then no longer what one command"
+        " computes)",
     )
     switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
     text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"
@@ -195,6 +103,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace, fail) -> None:
     """Check the flags of this module, and resolve `auto`; `fail(message)` reports an error and does not return."""
+    if args.lr_decay_schedule is None:
+        args.lr_decay_schedule = sorted({math.ceil(args.end_epoch / 2), math.ceil(3 * args.end_epoch / 4)})
+        if "end_epoch" in args.allow_change:
+            args.allow_change.append("lr_decay_schedule")
     if sorted(set(args.lr_decay_schedule)) != args.lr_decay_schedule:
         fail(f"argument --lr_decay_schedule: {args.lr_decay_schedule} must ascend")
     if args.warmup_epochs and args.warmup_epochs >= args.end_epoch:
@@ -226,8 +138,8 @@ def check_machine(args: argparse.Namespace, fail) -> None:
         )
     on_gpu = device.type == "cuda"
     if on_gpu:
-        if torch.cuda.device_count() < distributed.num_local():
-            fail(f"argument --device: {distributed.num_local()} processes but only {torch.cuda.device_count()} GPUs")
+        if torch.cuda.device_count() < launch.WORLD.local_size:
+            fail(f"argument --device: {launch.WORLD.local_size} processes but only {torch.cuda.device_count()} GPUs")
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             tf32 = torch.cuda.get_device_capability() >= (8, 0)
@@ -245,9 +157,9 @@ def check_machine(args: argparse.Namespace, fail) -> None:
         return
     if args.sync_bn and not on_gpu:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
-    if args.cuda_graph and not (on_gpu and distributed.num_launched() == 1):
+    if args.cuda_graph and not (on_gpu and launch.WORLD.size == 1):
         fail("argument --cuda_graph: needs one GPU and one process")
-    processes = distributed.num_launched()
+    processes = launch.WORLD.size
     if args.batch_size % processes:
         below = args.batch_size // processes * processes
         near = f"{below} or {below + processes}" if below else str(processes)
@@ -256,12 +168,10 @@ def check_machine(args: argparse.Namespace, fail) -> None:
 
 def _check_paths(args: argparse.Namespace, fail) -> None:
     """Names and locations of files."""
-    for name in ("run_name", "experiments_dir", "data_path", "resume"):
+    for name in ("run_name", "experiments_dir", "data_path", "resume", "weights"):
         value = getattr(args, name) or ""
         if not value.isprintable():  # control characters, or bytes that are no UTF-8, which TensorBoard cannot take
             fail(f"argument --{name}: {value!r} has characters that cannot be printed")
-        if any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
-            fail(f"argument --{name}: {value[:20]!r}... is longer than the 255 bytes that a name may have")
     parts = Path(args.run_name).parts
     if not parts or Path(args.run_name).is_absolute() or ".." in parts:
         fail(f"argument --run_name: {args.run_name!r} must be a name below --experiments_dir")
@@ -280,10 +190,6 @@ def notes(args, given: set[str], device: torch.device) -> list[str]:
     if args.lr_schedule == "cosine":
         unused = sorted(given & {"lr_decay_rate", "lr_decay_schedule"})
         found += [f"--{name} has no effect with --lr_schedule cosine" for name in unused]
-    drops = args.lr_schedule == "cosine" or any(epoch < args.end_epoch for epoch in args.lr_decay_schedule)
-    if not drops:
-        schedule = " ".join(map(str, args.lr_decay_schedule)) or "empty"
-        found.append(f"the learning rate never drops: --lr_decay_schedule is {schedule}, --end_epoch {args.end_epoch}")
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
     if args.precision == "fp16" and device.type == "cpu":

@@ -86,6 +86,8 @@ class Logger:
             f"  top-1 err {record.train['top1_error']:.2f}  | val {'  '.join(metrics)}"
             f"  | {record.images_per_second:.0f} img/s, {left} left"
         )
+        if record.skipped_steps:
+            self.info(f"note: steps skipped because scaled gradients overflowed (fp16): {record.skipped_steps}")
 
     def finish(self, run: RunRecord, logits: Tensor, labels: Tensor, loader) -> None:
         """After the last epoch: figures, the test split's metrics, and the table of the results.

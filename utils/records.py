@@ -82,9 +82,14 @@ class DataRecord:
     class_names: list[str]  # in the labels' order
     mean: list[float]  # of RGB in 0..1
     std: list[float]
-    stored_size: list[int]
     # train, val, test; with --val_split also `train_and_val`, the training images before any are held out
     splits: dict[str, SplitRecord]
+
+    @property
+    def selects_on_val(self) -> bool:
+        """Whether `val` selects the model, and the test split, if there is one, is `test`; or else `val` is the test
+        split."""
+        return "test" in self.splits or "train_and_val" in self.splits
 
 
 @dataclass
@@ -137,6 +142,11 @@ class RunRecord:
     history: list[EpochRecord] = field(default_factory=list)
     test: dict[str, TestRecord] | None = None  # `last`, `best`; of a finished run with --val_split
     finished: bool = False
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of the classifiers that a loss trains, shallow to deep."""
+        return [name for name in self.history[-1].val if name != "ensemble"]
 
 
 def to_json(value):

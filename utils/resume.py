@@ -5,7 +5,8 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.records import Change, find_changes
 
-MAY_CHANGE = ("end_epoch", "precision", "processes")  # between two starts of a run, with --allow_change
+# Between two starts of a run, with --allow_change.
+MAY_CHANGE = ("end_epoch", "lr_decay_schedule", "precision", "processes")
 
 
 def check_flags(file: Path, before: dict, now: dict, defaults: dict, allowed: list[str]) -> list[Change]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import distributed
+from utils import launch
 from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, find_checkpoint, load_checkpoint, write_checkpoint
 from utils.errors import Interrupted, UserError, tell
 from utils.exports import exports
@@ -64,7 +64,7 @@ class RunDirectory:
                 if is_interrupted:
                     with open(self.path / LOG, "a", encoding="utf-8") as log:
                         log.write(f"{line}\n")
-        if is_interrupted and distributed.is_main():
+        if is_interrupted and launch.WORLD.is_main:
             tell(f"\n{line}", sys.stderr)
         if self._lock is not None:
             self._lock.close()
@@ -150,7 +150,7 @@ class RunDirectory:
         Raises:
             UserError: the directory cannot be made, or another run has begun there.
         """
-        if not distributed.is_main():
+        if not launch.WORLD.is_main:
             return
         if self._lock is None:
             self._acquire_lock()
@@ -251,7 +251,7 @@ class RunDirectory:
         results.json comes last when the run is finished, else first: so that a status of "finished" never stands
         beside other files than the finished run's.
         """
-        if not distributed.is_main():
+        if not launch.WORLD.is_main:
             return
         self.check_lock()
         if not self._num_saved:

@@ -101,6 +101,7 @@ def process(library: Path, gpus: str) -> Iterator[Callable]:
     """
     before = dict(os.environ)
     os.environ |= {"LD_PRELOAD": str(library), "EMULATED_GPUS": gpus}
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # of these it would hide some
     try:
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _install)
         pool.submit(torch.cuda.is_available).result()

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from helpers import read_records, run
 from hypothesis import given, settings
@@ -23,7 +22,7 @@ from hypothesis import strategies as st
 import main
 from loss import METHODS
 from models import MODELS
-from utils import flags
+from utils.records import Change, find_changes
 
 WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words of the answer, in this order
     ("--PSDK", "--PSDK"),
@@ -44,6 +43,10 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("--device mps:0", "--device 'mps' float64 cpu"),
     ("--alpha_T 1.5", "--alpha_T '1.5' number 0 1"),
     ("--BYOT_from_k_block 4", "--BYOT_from_k_block '4' integer 1 3"),
+    ("--data_type=--", "--data_type '--'"),
+    ("--lr_decay_schedule=--", "--lr_decay_schedule '--'"),
+    ("--seed " + "9" * 5000, "--seed integer 0"),
+    ("--lr 1e999", "--lr '1e999' number"),
     ("--classes 101", "--classes 101 100 cifar100"),
     ("--val_split 1", "--val_split '1' 0.001 0.9"),
     ("--lr_decay_schedule 225 150", "--lr_decay_schedule 225, 150 ascend"),
@@ -66,6 +69,7 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("--run_name " + "ü" * 128, "--run_name 'üüüü 255 bytes"),
     ("--experiments_dir " + "x" * 256, "--experiments_dir 'xxxx 255 bytes"),
     ("--experiments_dir a_file/below", "--experiments_dir 'a_file/below' directory"),
+    ("--resume " + "x" * 300, "--resume 'xxxx 255 bytes"),
     ("--resume a_file/checkpoint_last.pth", "--resume 'a_file/checkpoint_last.pth' exist"),
 ]
 
@@ -106,21 +110,19 @@ def test_every_flag_has_a_kind():
     assert main.RUNTIME_FLAGS.isdisjoint({"PSKD", "alpha", "data_type", "width", "seed", "precision", "sync_bn"})
 
 
-def test_differences_are_those_of_the_experiment():
-    differences = main.build_parser().differences
+def test_changes_are_named_with_both_values():
     now = vars(main.default_args())
-    assert differences(now, now | {"lr": 0.2, "workers": 1, "resume": "run"}) == ["--lr 0.1 -> 0.2"]
-    assert differences(now | {"PSKD": True}, now) == ["--PSKD True -> False"]
+    (change,) = find_changes(now, now | {"lr": 0.2}, now)
+    assert str(change) == "lr 0.1 -> 0.2"
 
 
-def test_flags_that_one_program_lacks_have_their_default_or_are_off():
-    differences = main.build_parser().differences
+def test_a_value_that_one_side_lacks_is_its_default_or_off():
     now = vars(main.default_args())
     older = {name: value for name, value in now.items() if name not in ("weight_decay", "label_smoothing")}
-    assert differences(older, now) == differences(now | {"unknown": 0.0, "other": None}, now) == []
-    assert differences(now, older) == []
-    assert differences(older, now | {"weight_decay": 0.1}) == ["--weight_decay 0.0005 -> 0.1"]
-    assert differences(now | {"unknown": 0.1}, now) == ["--unknown 0.1 -> None"]
+    assert find_changes(older, now, now) == find_changes(now, older, now) == []
+    assert find_changes(now | {"unknown": 0.0, "other": None}, now, now) == []
+    assert find_changes(older, now | {"weight_decay": 0.1}, now) == [Change("weight_decay", 0.0005, 0.1)]
+    assert find_changes(now | {"unknown": 0.1}, now, now) == [Change("unknown", 0.1, None)]
 
 
 def test_default_args_touch_no_device(monkeypatch):
@@ -130,43 +132,17 @@ def test_default_args_touch_no_device(monkeypatch):
     assert (defaults.device, defaults.precision, defaults.end_epoch) == ("auto", "auto", 300)
 
 
-def test_saved_flags_hold_unless_the_command_line_says_otherwise():
-    saved = {"lr": 0.2, "BYOT": True, "lr_decay_schedule": [3], "classifier_type": "resnet34", "device": "cpu"}
-    args = main.parse_args(["--lr", "0.3"], saved=saved)
-    assert vars(args).items() >= {**saved, "lr": 0.3, "run_name": "cifar100_resnet34_BYOT_seed4"}.items()
+def test_default_drops_may_change_with_the_length():
+    words = ["--allow_change", "end_epoch"]
+    assert main.parse_args(words).allow_change == ["end_epoch", "lr_decay_schedule"]
+    assert main.parse_args([*words, "--lr_decay_schedule", "150"]).allow_change == ["end_epoch"]
 
 
 @pytest.mark.parametrize(
-    ("saved", "message"),
-    [
-        ({"confidence_penalty": 0.5}, "--confidence_penalty 0.5: this program has no such flag"),
-        ({"classifier_type": "vit"}, "argument --classifier_type: 'vit' is none of resnet18, resnet34"),
-    ],
+    ("epochs", "drops"), [(300, [150, 225]), (61, [31, 46]), (4, [2, 3]), (3, [2, 3]), (2, [1, 2]), (1, [1])]
 )
-def test_saved_flags_that_this_program_lacks_are_named(saved, message):
-    def fail(text):
-        raise ValueError(text)
-
-    with pytest.raises(ValueError, match=message):
-        main.parse_args([], fail, saved)
-    main.parse_args([], fail, {"confidence_penalty": 0.0})  # off
-
-
-def test_allow_end_epoch_change_is_one_of_the_allowed_changes():
-    for words in (["--allow_end_epoch_change"], ["--allow_change", "end_epoch"]):
-        assert main.parse_args(words).allow_change == ["end_epoch"]
-    words = ["--allow_end_epoch_change", "--allow_change", "processes", "precision"]
-    assert main.parse_args(words).allow_change == ["end_epoch", "precision", "processes"]
-
-
-def test_a_note_says_that_the_learning_rate_never_drops():
-    def notes(*words):
-        return flags.notes(
-            main.parse_args(["--device", "cpu", "--precision", "fp32", *words]), set(), torch.device("cpu")
-        )
-
-    assert notes() == notes("--end_epoch", "2", "--lr_schedule", "cosine") == []
-    assert "the learning rate never drops" in notes("--end_epoch", "150")[0]
+def test_the_learning_rate_drops_at_a_half_and_three_quarters(epochs, drops):
+    assert main.parse_args(["--end_epoch", str(epochs)]).lr_decay_schedule == drops
 
 
 def power(low: float, high: float):
@@ -203,7 +179,7 @@ def test_any_flags_are_refused_by_name_or_end_in_finite_metrics(switches, values
             assert "--" in err.getvalue()  # the flag that is wrong, or the one to change
             return
         for record in read_records(Path(parent, "run")):
-            for numbers in filter(None, (record["train"], record["val"], record["ensemble"], *record["exits"])):
+            for numbers in (record["train"], *record["val"].values()):
                 assert all(math.isfinite(number) for number in numbers.values() if number is not None)
                 assert numbers["top1_error"] <= 100
 

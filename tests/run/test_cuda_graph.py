@@ -13,9 +13,11 @@ from data.loader import Loader
 from data.readers import Split
 from loss import build_objective
 from models import build_model
-from utils import distributed, engine
-from utils.compile import CompiledNetwork
+from utils import distributed, engine, launch
+from utils.compile import Compiled
 from utils.cuda_graph import GraphedStep
+from utils.launch import World
+from utils.records import DataRecord
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Five full batches and a last one of four in each of three epochs; the learning rate drops in the last.
@@ -35,7 +37,7 @@ def parse(words: str):
 def loader(args, device, dtype, **training) -> Loader:
     random, num, size = np.random.RandomState(0), args.limit_train, args.image_size
     split = Split(random.randint(0, 256, (num, size, size, 3), dtype=np.uint8), random.randint(0, 10, num))
-    record = {"class_names": [str(k) for k in range(10)], "mean": [0.5] * 3, "std": [0.25] * 3}
+    record = DataRecord([str(k) for k in range(10)], [0.5] * 3, [0.25] * 3, {})
     images = Loader(split, record, size, device, **training)
     images.scale, images.shift = images.scale.to(dtype), images.shift.to(dtype)
     return images
@@ -48,7 +50,7 @@ def train(device, words: str, dtype=torch.float64, graph=False, compile=False, t
     model = build_model(args, 10).to(device, dtype, memory_format=torch.channels_last)
     objective = build_objective(args, args.limit_train, 10).to(device, dtype)
     optimizer, schedule = engine.build_optimizer(args, model), engine.build_schedule(args)
-    network = CompiledNetwork(model) if compile else model
+    network = Compiled(model) if compile else model
     step = engine.TrainStep(network, objective, optimizer, device, args.precision, compile, transform)
     step = GraphedStep(step) if graph else step
     epochs = []
@@ -71,7 +73,7 @@ def train(device, words: str, dtype=torch.float64, graph=False, compile=False, t
 def test_compiled_step_equals_the_plain_step_to_the_bit_and_is_compiled_once(words, processes, monkeypatch):
     """Network and objective, PS-KD's memory included; the last batches, smaller by one to four, are not compiled. Of
     two processes only the first one is there: its shards of seven and of eight images are both of four."""
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(launch, "WORLD", World(size=processes))
     monkeypatch.setattr(distributed, "all_reduce_sum_", lambda tensor: tensor)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ import main
 from data.readers import Split
 from utils.checkpoint import LAST, load_checkpoint
 from utils.engine import TrainStep
+from utils.records import to_json
 
 RUN, OUT, PHOTOS = Path("run"), Path("out"), Path("photos")
 FLAGS = "--PSKD --image_size 16 --width 4 --num_resnet_blocks 2 --batch_size 8 --lr 0.05 --end_epoch 2"
@@ -56,8 +57,8 @@ def rename_class() -> None:
         (PHOTOS / split / "a").rename(PHOTOS / split / "z")
 
 
-def exchange_image(photos: Path = PHOTOS) -> None:
-    save_image(photos / "train" / "a" / "2.png")
+def exchange_image(photos: Path = PHOTOS, split: str = "train", number: int = 2) -> None:
+    save_image(photos / split / "a" / f"{number}.png")
 
 
 def add_image() -> None:
@@ -125,15 +126,15 @@ def test_val_only_with_unknown_held_out_images_evaluates_the_test_split(held_out
     add_image()
     assert val_only(RUN, OUT) == 0
     assert "8 test images" in capsys.readouterr().out
-    expected = read(RUN)["test"]["last"]["val"]
-    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
+    expected = read(RUN)["test"]["last"]["metrics"]["final"]
+    assert read(OUT, "val.json")["test"]["final"] == pytest.approx(expected)
 
 
 def test_val_only_evaluates_a_test_set_by_itself(held_out_run):
     shutil.rmtree(PHOTOS / "train")
     assert val_only(RUN, OUT) == 0
-    expected = read(RUN)["test"]["last"]["val"]
-    assert read(OUT, "val.json")["val"] == pytest.approx(expected)
+    expected = read(RUN)["test"]["last"]["metrics"]["final"]
+    assert read(OUT, "val.json")["test"]["final"] == pytest.approx(expected)
 
 
 def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
@@ -143,17 +144,17 @@ def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
     assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
 
 
-def test_val_only_brings_other_images_to_the_recorded_stored_size(plain_run):
-    """The run's images are 20 x 20, squeezed from 30 x 20 those of the other set would be wrong: they are cut."""
-    for file in (PHOTOS / "test").glob("*/*.png"):
-        with Image.open(file) as image:
-            wide = Image.new("RGB", (30, 20), "red")
-            wide.paste(image, (5, 0))
-        wide.save(file)
-    assert val_only(RUN, OUT) == 0
-    found = read(OUT, "val.json")
-    assert found["images"] == found["images_of_the_run"]
-    assert found["val"] == read(RUN)["last"]["val"]
+def test_own_validation_images_select_and_the_test_split_is_used_at_the_end(plain_run, capsys):
+    shutil.copytree(PHOTOS / "test", PHOTOS / "val")
+    assert train(FLAGS, PHOTOS, Path("new")) == 0
+    results = read(Path("new"))
+    assert results["test"]["last"]["metrics"] == results["last"]["val"]
+    assert results["test"]["best"]["temperatures"]
+    assert val_only(Path("new"), OUT) == 0
+    assert "8 validation images" in capsys.readouterr().out
+    exchange_image(PHOTOS, "val", 0)
+    assert val_only(Path("new"), OUT) == 0
+    assert "8 test images" in capsys.readouterr().out
 
 
 def test_folder_without_a_test_split_needs_val_split(plain_run, refused):
@@ -166,7 +167,7 @@ def test_run_without_a_test_split_says_so(folder, plain_run, capsys):
     shutil.rmtree(PHOTOS / "test")
     assert train(HELD_OUT, PHOTOS / folder, Path("new")) == 0
     assert "no test split" in capsys.readouterr().out
-    assert read(Path("new"))["test"] == {}
+    assert read(Path("new"))["test"]["last"]["temperatures"]
     assert val_only(Path("new"), OUT) == 0
     assert read(OUT, "val.json")["val"] == read(Path("new"))["last"]["val"]
 
@@ -180,7 +181,12 @@ def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
     record = read(RUN, "config.json")["data"]
     assert record["class_names"] == ["a", "b"]
     counts = {name: split["images"] for name, split in record["splits"].items()}
-    assert counts == {"train": 12, "val": 4, "test": 8}
+    assert counts == {"train_and_val": 16, "train": 12, "val": 4, "test": 8}
+
+
+def test_record_identifies_the_training_images_before_any_are_held_out(plain, held_out):
+    split, whole = (read(folder / "run", "config.json")["data"]["splits"] for folder in (held_out, plain))
+    assert split["train_and_val"] == whole["train"]
 
 
 def test_record_holds_mean_and_std_of_each_colour(held_out_run):
@@ -190,7 +196,7 @@ def test_record_holds_mean_and_std_of_each_colour(held_out_run):
 
 
 def test_checkpoint_holds_the_record(held_out_run):
-    assert load_checkpoint(RUN / LAST)["data"] == read(RUN, "config.json")["data"]
+    assert to_json(load_checkpoint(RUN / LAST).run.data) == read(RUN, "config.json")["data"]
 
 
 IMAGES = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)

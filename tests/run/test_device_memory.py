@@ -12,6 +12,7 @@ from data.readers import Split
 from loss import build_objective
 from models import MODELS, build_model
 from utils import engine
+from utils.records import DataRecord
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def memory(words: str) -> tuple[int, int]:
 
     def images(num, **training):
         split = Split(np.zeros((num, 32, 32, 3), np.uint8), np.zeros(num, np.int64))
-        record = {"class_names": ["a"] * 100, "mean": [0.5] * 3, "std": [0.25] * 3}
+        record = DataRecord(["a"] * 100, [0.5] * 3, [0.25] * 3, {})
         return loader.Loader(split, record, 32, device, **training)
 
     gc.collect()

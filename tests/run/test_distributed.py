@@ -4,12 +4,14 @@ import functools
 import os
 import signal
 import socket
-import threading
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT
 from helpers import (
     ALL,
     PROCESSES,
@@ -17,6 +19,7 @@ from helpers import (
     before_step,
     bits,
     make_small,
+    one_line,
     read,
     read_checkpoint,
     read_records,
@@ -30,11 +33,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import main
 from data import build_loaders
-from loss import build_objective, trained_exits
+from loss import build_objective
 from models import build_model
-from utils import distributed
-from utils.compile import CompiledNetwork
+from utils import distributed, launch
+from utils.compile import Compiled
 from utils.engine import TrainStep, build_optimizer, predict, train_one_epoch
+from utils.errors import UserError
+from utils.launch import World
 
 CPU = torch.device("cpu")
 COMBINATIONS = (
@@ -54,7 +59,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch(num: int, logs: Path, work, *args, max_restarts: int = 0) -> None:
+def launch_processes(num: int, logs: Path, work, *args, max_restarts: int = 0) -> None:
     """What torchrun does with a script, with `work(*args)`; what it prints goes to `logs`."""
     options = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{free_port()}", "run_id": "test"}
     options |= {"start_method": "forkserver", "monitor_interval": 0.1, "max_restarts": max_restarts}
@@ -89,7 +94,7 @@ def fill_memory(objective) -> None:
     """Of the last 4 of 19 images nothing is remembered."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(15, 10, generator=generator)
-    objective.targets.memory[:15] = logits.softmax(dim=1)
+    objective.soften.memory[:15] = logits.softmax(dim=1)
 
 
 def epoch_of_steps(flags: str, compile: bool = False) -> dict:
@@ -100,8 +105,9 @@ def epoch_of_steps(flags: str, compile: bool = False) -> dict:
     objective.set_epoch(1)
     if args.PSKD:
         fill_memory(objective)
-    network = CompiledNetwork(model) if compile else model
-    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all(trained_exits(args)))
+    network = Compiled(model) if compile else model
+    all_used = len(objective.trained_classifiers(3)) == 4
+    network = distributed.wrap(network, CPU, sync_bn=False, all_used=all_used)
     step = TrainStep(network, objective, build_optimizer(args, model), CPU, "fp32", compile)
     train = train_one_epoch(step, loader)["train"]
     parameters = dict(model.named_parameters())
@@ -125,18 +131,20 @@ def validation(num: int) -> dict:
 def save_view(directory: Path) -> None:
     """What this process computes, to a file."""
     view = {}
+    launch.WORLD = launch.read_world(os.environ)
     with distributed.process_group("cpu"), pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         for flags in COMBINATIONS:
             view[flags] = epoch_of_steps(flags)
         for num in (1, 5):
             view[num] = validation(num)
-        torch.save(view, directory / f"{distributed.world_size()}_{distributed.rank()}.pt")
+        torch.save(view, directory / f"{launch.WORLD.size}_{launch.WORLD.rank}.pt")
 
 
 def save_compiled(directory: Path) -> None:
     """An epoch, plain and compiled, and what was compiled, to a file."""
     view = {}
+    launch.WORLD = launch.read_world(os.environ)
     with distributed.process_group("cpu"), pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -144,7 +152,7 @@ def save_compiled(directory: Path) -> None:
         view["compiled"] = epoch_of_steps(COMBINATIONS[0], compile=True)
         view["frames"] = dict(counters["frames"])
         view["breaks"] = dict(counters["graph_break"])
-        torch.save(view, directory / f"{distributed.world_size()}_{distributed.rank()}.pt")
+        torch.save(view, directory / f"{launch.WORLD.size}_{launch.WORLD.rank}.pt")
 
 
 def load_views(directory: Path, num: int) -> list[dict]:
@@ -155,7 +163,7 @@ def load_views(directory: Path, num: int) -> list[dict]:
 @pytest.mark.slow
 def test_compiled_step_equals_the_plain_one_in_two_processes(tmp_path):
     """The network and the objective are compiled, each as a whole."""
-    launch(2, tmp_path / "logs", save_compiled, tmp_path)
+    launch_processes(2, tmp_path / "logs", save_compiled, tmp_path)
     for rank, view in enumerate(load_views(tmp_path, 2)):
         assert view["frames"] == {"total": 2, "ok": 2}
         assert not view["breaks"]
@@ -169,7 +177,7 @@ def views(tmp_path_factory) -> dict[int, list[dict]]:
     directory = tmp_path_factory.mktemp("views")
     save_view(directory)
     for num in (2, 3):
-        launch(num, directory / f"logs{num}", save_view, directory)
+        launch_processes(num, directory / f"logs{num}", save_view, directory)
     return {num: load_views(directory, num) for num in (1, 2, 3)}
 
 
@@ -189,7 +197,7 @@ def test_losses_gradients_weights_memory_and_validation_equal_those_of_one_proce
 def work(directory: Path, dying: int | None = None, *words: str) -> None:
     """main.py in this process. That of rank `dying`, if no restart, kills itself in the second epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("RANK") == str(dying) and not distributed.is_restart():
+        if os.environ.get("RANK") == str(dying) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             before_step(patch, 5, lambda step: os.kill(os.getpid(), signal.SIGKILL))
         flags = ("--batch_size", "12", "--end_epoch", "3", "--save_predictions")
         if status := run(directory, *ALL, *flags, *words):
@@ -199,7 +207,7 @@ def work(directory: Path, dying: int | None = None, *words: str) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    launch(2, directory.parent / "logs", work, directory)
+    launch_processes(2, directory.parent / "logs", work, directory)
     return directory
 
 
@@ -215,27 +223,27 @@ def test_the_checkpoint_has_the_memory_of_all_processes(finished):
     torch.testing.assert_close(memory.sum(dim=1), torch.ones(40))
 
 
-def nll_of_exits(record: dict) -> list[float]:
-    return [metrics["nll"] for metrics in record["exits"]]
+def nll_of_classifiers(record: dict) -> dict[str, float]:
+    return {classifier: metrics["nll"] for classifier, metrics in record["val"].items()}
 
 
 def test_one_process_evaluates_a_run_of_two(finished, tmp_path):
     """As two did: rank 0's BatchNorm statistics were used for all images."""
     assert val_only(finished, tmp_path / "val") == 0
-    expected = nll_of_exits(read(finished)["last"])
-    assert nll_of_exits(read(tmp_path / "val", "val.json")) == pytest.approx(expected, rel=1e-5)
+    expected = nll_of_classifiers(read(finished)["last"])
+    assert nll_of_classifiers(read(tmp_path / "val", "val.json")) == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_processes_evaluate_and_rank_0_alone_prints(finished, tmp_path):
-    launch(2, tmp_path / "logs", val_only, finished, tmp_path / "val")
-    expected = nll_of_exits(read(finished)["last"])
-    assert nll_of_exits(read(tmp_path / "val", "val.json")) == pytest.approx(expected, rel=1e-5)
+    launch_processes(2, tmp_path / "logs", val_only, finished, tmp_path / "val")
+    expected = nll_of_classifiers(read(finished)["last"])
+    assert nll_of_classifiers(read(tmp_path / "val", "val.json")) == pytest.approx(expected, rel=1e-5)
     assert "written to" in printed(tmp_path / "logs", 0)
     assert printed(tmp_path / "logs", 1) == ""
 
 
-def test_a_restart_continues_from_the_checkpoint_though_overwrite_was_given(finished, tmp_path):
-    launch(2, tmp_path / "logs", work, tmp_path / "run", 1, "--overwrite", max_restarts=1)
+def test_a_restart_continues_from_the_checkpoint(finished, tmp_path):
+    launch_processes(2, tmp_path / "logs", work, tmp_path / "run", 1, max_restarts=1)
     assert "1 of 3 epochs are done" in printed(tmp_path / "logs", 0)
     assert bits(read_records(tmp_path / "run")) == bits(read_records(finished))
 
@@ -243,7 +251,7 @@ def test_a_restart_continues_from_the_checkpoint_though_overwrite_was_given(fini
 def test_after_a_death_fewer_processes_continue_only_by_permission(tmp_path, capsys):
     directory = tmp_path / "run"
     with pytest.raises(ChildFailedError):
-        launch(3, tmp_path / "logs", work, directory, 2, "--val_split", "0.25")
+        launch_processes(3, tmp_path / "logs", work, directory, 2, "--val_split", "0.25")
     assert read(directory)["epochs"] == 1
     with pytest.raises(SystemExit):
         work(directory, None, "--val_split", "0.25")
@@ -257,17 +265,17 @@ def test_after_a_death_fewer_processes_continue_only_by_permission(tmp_path, cap
     assert config["changes"] == [{"epoch": 1, "name": "processes", "before": 3, "after": 1}]
 
 
-def disagree(directory: Path, word: str, *words: str) -> None:
+def disagree(directory: Path, word: str) -> None:
     """main.py in this process, with one more word on the command line of rank 1."""
-    if os.environ["RANK"] == "1":
-        words = (*words, word)
+    words = [word] * int(os.environ["RANK"])
     raise SystemExit(run(directory, "--batch_size", "12", *words))
 
 
-def check_refused(tmp_path: Path, word: str, *words: str) -> None:
-    """Rank 0 alone says in one line that the processes disagree, and nothing is written."""
+@pytest.mark.parametrize("word", ["--lr=1", "--seed=5", "--run_name=x", "--limit_train=9", "--batch_size=6"])
+def test_processes_with_different_flags_end_in_one_line(word, tmp_path):
+    """Rank 0 alone says that they disagree, and nothing is written."""
     with pytest.raises(ChildFailedError) as error:
-        launch(2, tmp_path / "logs", disagree, tmp_path / "run", word, *words)
+        launch_processes(2, tmp_path / "logs", disagree, tmp_path / "run", word)
     _, failure = error.value.get_first_failure()
     assert failure.exitcode == 2
     log = printed(tmp_path / "logs", 0)
@@ -278,72 +286,94 @@ def check_refused(tmp_path: Path, word: str, *words: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("word", ["--lr=1", "--seed=5", "--run_name=x", "--limit_train=9", "--batch_size=6"])
-def test_processes_with_different_flags_end_in_one_line(word, tmp_path):
-    check_refused(tmp_path, word)
+def test_a_process_whose_flags_alone_are_wrong_says_so(tmp_path):
+    with pytest.raises(ChildFailedError):
+        launch_processes(2, tmp_path / "logs", disagree, tmp_path / "run", "--lr=x")
+    assert "argument --lr: 'x' is not a valid number" in printed(tmp_path / "logs", 1)
 
 
-def test_processes_of_which_one_only_evaluates_end_in_one_line(finished, tmp_path):
-    check_refused(tmp_path, "--val_only", "--resume", str(finished))
+VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-VARIABLES = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_PORT=1 MASTER_ADDR=127.0.0.1"
-
-
-def be_lonely(rank: int, port: int, log: Path) -> None:
-    """main.py as process `rank` of two, without torchrun and without the other."""
+def be_lonely(port: int, directory: Path) -> None:
+    """main.py as the first of two processes, without torchrun and without the other."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as main.py does
-    os.environ |= dict(variable.split("=") for variable in VARIABLES.split())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-    with log.open("w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    timer = threading.Timer
-    threading.Timer = lambda seconds, action: timer(seconds / 50, action)  # the notice that it waits
-    run(log.parent / "run", "--batch_size", "12")
+    os.environ |= {**VARIABLES, "MASTER_PORT": str(port)}
+    run(directory, "--batch_size", "12")
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
-def test_a_lonely_process_prints_that_it_waits_and_ends_at_a_signal(rank, number, tmp_path):
-    log = tmp_path / "log"
-    log.touch()
-    process = PROCESSES.Process(target=be_lonely, args=(rank, free_port(), log), daemon=True)
+def test_a_process_that_waits_for_the_others_ends_at_a_signal(tmp_path):
+    port = free_port()
+    process = PROCESSES.Process(target=be_lonely, args=(port, tmp_path / "run"), daemon=True)
     process.start()
-    for _ in range(6000):  # five minutes: a process that never prints would be waited for without end
-        if "is waiting" in log.read_text():
-            break
-        assert process.is_alive()
-        time.sleep(0.05)
-    os.kill(process.pid, number)
+    dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # it is there, and waits
+    os.kill(process.pid, signal.SIGINT)
     process.join(60)
-    assert process.exitcode == -number
-    assert log.read_text() == f"process {rank} of 2 is waiting for the others to start\n"
+    assert process.exitcode == -signal.SIGINT
 
 
-def error_of_parsing(monkeypatch, capsys, variable: str) -> str:
-    """As the first of two processes, with one variable changed."""
-    for text in (*VARIABLES.split(), variable):
-        name, _, value = text.partition("=")
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as end:
-        main.parse_args(["--device", "cpu"])
-    assert end.value.code == 2
-    return capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("change", "world"),
+    [
+        ({}, World(rank=0, size=2)),
+        ({"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, World(1, 2, 1, 2)),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": ""}, World()),
+        (dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK"), ""), World()),  # an address alone starts nothing
+    ],
+)
+def test_variables_of_torchrun_are_the_world(change, world):
+    assert launch.read_world(VARIABLES | change) == world
 
 
-WRONG = ["WORLD_SIZE=x", "WORLD_SIZE=0", "RANK=-1", "RANK=2", "MASTER_PORT=x", "MASTER_ADDR="]
-WRONG += ["TORCHELASTIC_RESTART_COUNT=x"]
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK"),  # Kubeflow's
+        ({"RANK": "", "LOCAL_RANK": "", "MASTER_ADDR": ""}, "RANK, LOCAL_RANK, MASTER_ADDR"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK, WORLD_SIZE"),
+        (
+            {"WORLD_SIZE": "x", "MASTER_PORT": "x", "LOCAL_WORLD_SIZE": "-1"},
+            "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT",
+        ),
+        ({"WORLD_SIZE": "0"}, "RANK, WORLD_SIZE"),
+        ({"RANK": "2"}, "RANK, WORLD_SIZE"),
+    ],
+)
+def test_what_is_missing_or_wrong_of_torchrun_s_variables_is_named(change, named):
+    with pytest.raises(UserError, match=f"^in the environment {named} is missing or not valid"):
+        launch.read_world(VARIABLES | change)
 
 
-@pytest.mark.parametrize("variable", WRONG)
-def test_a_wrong_variable_is_named_in_one_line(variable, monkeypatch, capsys):
-    error = error_of_parsing(monkeypatch, capsys, variable)
-    name, _, _ = variable.partition("=")
-    assert f"variable {name}" in error
-    assert error.count("\n") == 1
+def test_a_half_set_environment_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main.main(["--device", "cpu"]) == 2
+    assert "RANK, LOCAL_RANK" in one_line(capsys)
 
 
 def test_a_batch_that_cannot_be_split_evenly_is_refused(monkeypatch, capsys):
-    error = error_of_parsing(monkeypatch, capsys, "WORLD_SIZE=3")
-    assert "128 cannot be split evenly over 3 processes" in error
-    assert error.count("\n") == 2
+    monkeypatch.setattr(launch, "WORLD", World(size=3))
+    with pytest.raises(SystemExit):
+        main.parse_args(["--device", "cpu"])
+    assert "128 cannot be split evenly over 3 processes" in capsys.readouterr().err
+
+
+WORKER = """
+from utils import launch
+launch.end_with_torchrun()
+import os
+parent = os.getppid()
+print("ready", flush=True)
+while os.getppid() == parent:
+    pass
+print("trains on")
+"""
+
+
+@pytest.mark.parametrize(("variables", "printed"), [({"TORCHELASTIC_RUN_ID": "none"}, b""), ({}, b"trains on\n")])
+def test_a_worker_ends_with_torchrun_and_other_runs_outlive_their_parent(variables, printed):
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {WORKER!r}])"
+    options = {"cwd": ROOT, "env": os.environ | variables, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", parent], **options) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        assert process.stdout.read() == printed

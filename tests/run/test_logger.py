@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from utils import figures, records
 from utils.exports import report
 from utils.logger import Logger
-from utils.records import METRICS, EpochRecord, RunRecord, from_json
+from utils.records import METRICS, DataRecord, EpochRecord, RunRecord, from_json
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
 LABELS = torch.arange(6) % 3
@@ -40,7 +40,8 @@ class FakeLoader:
     """Image i is of one colour, 10 i, and of class i mod 3."""
 
     batch_size, num_samples, epoch = 4, 6, 0
-    class_names = ("$_$", "n" * 5000, "犬")  # not mathtext, long, in a script that the font lacks
+    # names that are not mathtext, long, in a script that the font lacks
+    record = DataRecord(["$_$", "n" * 5000, "犬"], [], [], {})
 
     def __iter__(self):
         for index in torch.arange(6).split(4):
@@ -227,7 +228,7 @@ def sheet_of(figure) -> list[list]:
     return found
 
 
-NAMES = [name[:24] for name in FakeLoader.class_names]
+NAMES = [name[:24] for name in FakeLoader.record.class_names]
 
 
 def test_sheet_of_training_images_names_their_classes():

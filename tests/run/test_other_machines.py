@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROOT
+from helpers import run
 
 import main
-from utils import flags, machine
+from utils import machine, parser
 from utils.errors import Interrupted, UserError, print_error, signals_raise, tell
 from utils.files import write_atomic, write_output
 
@@ -74,8 +77,8 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     assert args.experiments_dir == f"{tmp_path}/exp"
     assert args.data_path == f"{tmp_path}/data"
     assert args.resume == f"{tmp_path}/run"
-    assert flags.path_type("~/exp") == tmp_path / "exp"
-    assert flags.path_type("a~") == Path("a~")
+    assert parser.path_type("~/exp") == tmp_path / "exp"
+    assert parser.path_type("a~") == Path("a~")
 
 
 def script(code: str, *, redirect: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -166,6 +169,25 @@ def test_signals_that_ask_to_end_interrupt(number):
     assert signal.getsignal(number) is before
 
 
+SCRIPTS = ("benchmark", "draw_method", "plot", "predict", "summarize", "train_table")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["main", *(f"scripts/{name}" for name in SCRIPTS)])
+def test_every_program_finds_its_modules_and_refuses_a_value_that_is_none(program, tmp_path):
+    """PYTHONSAFEPATH leaves the program's folder out of Python's search path."""
+    command = [sys.executable, str(ROOT / f"{program}.py"), "--out=--"]
+    found = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True)
+    assert found.returncode == 2
+    assert found.stderr.endswith(b": error: argument --out: '--' is not a value\n")
+
+
+def test_a_machine_that_starts_no_further_thread_is_told_in_one_line(refused, tmp_path, monkeypatch):
+    message = "can't start new thread"  # Python's
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError(message)))
+    assert "ulimit -u" in refused(run, tmp_path / "run")
+
+
 def test_windows_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match=r"^error: Linux and macOS only"):
@@ -214,8 +236,8 @@ def test_the_commit_of_this_code_is_recorded_though_git_is_told_of_another(copie
     assert commit_of_copy(copied) == f"{commit.stdout.strip()} with changes"
 
 
-def test_errors_need_no_torch():
-    code = "import sys\nimport utils.errors\nassert 'torch' not in sys.modules"
+def test_parser_and_errors_need_no_torch():
+    code = "import sys\nimport utils.parser\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, files, forge, read, read_checkpoint, train, val_only
+from helpers import bits, files, forge, read_records, read, read_checkpoint, train, val_only
 
 import main
 from utils import run_directory
@@ -82,6 +82,13 @@ def test_run_goes_on_with_a_change_that_is_allowed(name, before, after, copied):
     assert read(copied)["status"] == "finished"
     change = {"name": name, "before": before, "after": after, "epoch": done}
     assert read(copied, "config.json")["changes"] == read_checkpoint(copied)["changes"] == [change]
+
+
+def test_default_drops_move_with_the_length(copied):
+    assert train(copied, "--end_epoch", "5", "--allow_change", "end_epoch") == 0
+    changes = [(change["name"], change["before"], change["after"]) for change in read(copied, "config.json")["changes"]]
+    assert changes == [("end_epoch", 3, 5), ("lr_decay_schedule", [2, 3], [3, 4])]
+    assert [record["lr"] for record in read_records(copied)] == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005])
 
 
 def test_killed_while_a_finished_run_is_extended_leaves_no_finished_results(copied, monkeypatch):

@@ -12,6 +12,7 @@ import data
 from data import augment, loader, readers, synthetic
 from data.images import ReadOptions
 from utils.errors import UserError
+from utils.launch import World
 
 
 def split_of(num):
@@ -23,7 +24,7 @@ def split_of(num):
 def small_set(request, monkeypatch):
     """70 + 30 images of 10 classes in the place of the synthetic ones, with each kind of augmentation."""
     names = [f"class {label}" for label in range(10)]
-    images = readers.Images(split_of(70), split_of(30), names)
+    images = readers.Images({"train": split_of(70), "test": split_of(30)}, names)
     row = data.DATASETS["synthetic"]
     row = row._replace(num_classes=10, augmentation=request.param, read=lambda *_: images)
     monkeypatch.setitem(data.DATASETS, "synthetic", row)
@@ -52,7 +53,7 @@ def size(request):
 @pytest.fixture
 def one_colour(small_set, size):
     """Loaders of images that are of one colour each, which cropping and flipping leave in the middle."""
-    for split in small_set[:2]:
+    for split in small_set.splits.values():
         split.images[:] = split.images[:, :1, :1]
     return build("--image_size", size)
 
@@ -111,7 +112,8 @@ def test_order_and_augmentation_stay_as_they_were(small_set):
 @pytest.fixture
 def equal_images(small_set):
     """The same training image in every row, so that it shows how it was augmented."""
-    small_set.train.images[:] = small_set.train.images[:1]
+    images = small_set.splits["train"].images
+    images[:] = images[:1]
 
 
 def last_epoch(*epochs, seed=4, chunk_pixels=0):
@@ -164,14 +166,13 @@ def set_process(monkeypatch):
 
     def call(rank, world_size):
         monkeypatch.setattr("utils.distributed.local_rank_0_first", lambda make: make())
-        monkeypatch.setattr("utils.distributed.world_size", lambda: world_size)
-        monkeypatch.setattr("utils.distributed.rank", lambda: rank)
+        monkeypatch.setattr("utils.launch.WORLD", World(rank, world_size))
 
     return call
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["train", "val"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_shards_of_the_processes_make_up_every_batch(small_set, set_process, world_size, number):
     single = list(build()[number])
     shards = []
@@ -182,7 +183,7 @@ def test_shards_of_the_processes_make_up_every_batch(small_set, set_process, wor
         torch.testing.assert_close(join(parts), list(batch), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_fewer_images_in_a_batch_than_processes_are_refused(small_set, set_process, world_size):
     set_process(0, world_size)
     with pytest.raises(UserError, match=f"holds 1 of 49 images, fewer than the {world_size} processes"):
@@ -213,7 +214,7 @@ def build_three(words):
 
 def rows_of(part, small_set):
     """A loader's images as rows of the training split, followed by the test split."""
-    pixels = [image.tobytes() for split in small_set[:2] for image in split.images]
+    pixels = [image.tobytes() for split in small_set.splits.values() for image in split.images]
     return [pixels.index(image.numpy().tobytes()) for image in part.images]
 
 
@@ -223,7 +224,7 @@ def test_flags_choose_that_many_images(small_set, words):
 
 
 def test_chosen_images_are_in_file_order_with_their_labels(small_set, words):
-    labels = np.concatenate([small_set.train.labels, small_set.test.labels])
+    labels = np.concatenate([split.labels for split in small_set.splits.values()])
     for part in build_three(words):
         rows = rows_of(part, small_set)
         assert rows == sorted(rows)
@@ -233,7 +234,7 @@ def test_chosen_images_are_in_file_order_with_their_labels(small_set, words):
 def test_chosen_images_are_of_all_classes_evenly(small_set, words):
     for part in build_three(words):
         counts = torch.bincount(part.labels)
-        assert len(counts) == part.num_classes == len(part.class_names)
+        assert len(counts) == part.num_classes == len(part.record.class_names)
         assert counts.max() - counts.min() <= 1
 
 
@@ -271,14 +272,14 @@ def synthetic_images(monkeypatch):
 
 
 def test_synthetic_set_is_balanced(synthetic_images):
-    _, test, names = synthetic_images
+    splits, names = synthetic_images
     assert len(set(names)) == 100
-    assert np.bincount(test.labels).tolist() == [20] * 100
+    assert np.bincount(splits["test"].labels).tolist() == [20] * 100
 
 
 def test_synthetic_set_is_always_the_same(synthetic_images):
     """Mean colours, recorded from another process."""
-    train, test, _ = synthetic_images
+    train, test = synthetic_images.splits.values()
     train_colour = train.images.mean(axis=(0, 1, 2)) / 255
     test_colour = test.images.mean(axis=(0, 1, 2)) / 255
     np.testing.assert_allclose(train_colour, [0.491848325, 0.497606051, 0.498882531], atol=1e-6)
@@ -294,7 +295,7 @@ def spectra(split):
 
 def test_synthetic_set_is_learnable(synthetic_images):
     """The width of the rings, by a linear function of the spectrum."""
-    train, test, _ = synthetic_images
+    train, test = synthetic_images.splits.values()
     target = np.eye(10)[train.labels % 10]
     weights, *_ = np.linalg.lstsq(spectra(train), target, rcond=None)
     prediction = (spectra(test) @ weights).argmax(axis=1)

@@ -11,8 +11,9 @@ from helpers import assert_identical
 from loss import build_objective
 from main import parse_args
 from models import build_model
-from utils import distributed, engine, flags, metrics
+from utils import distributed, engine, flags, launch, metrics
 from utils.errors import NonFiniteError
+from utils.launch import World
 from utils.metrics import all_metrics, per_sample
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def test_cosine_begins_at_the_full_rate_after_warmup():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_meter_weights_by_images_in_float64(processes, monkeypatch):
     """Of two processes the other one has the same images."""
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(launch, "WORLD", World(size=processes))
     monkeypatch.setattr(distributed, "all_reduce_sum_", lambda sums: sums.mul_(processes))
     meter = engine.Meter(CPU)
     for ce, classes in ((2.0**24, [1, 1, 0]), (1.0, [0, 0, 0]), (2.0, [1])):  # 3 * 2^24 + 5 is not a float32
@@ -163,7 +164,7 @@ def test_an_epoch_equals_the_loop_written_out(precision, transform):
         expected = reference.train_one_epoch(Batches(order))
         assert result["train"] == pytest.approx(expected, rel=1e-6)
         assert ("skipped_steps" in result) == (precision == "fp16")
-        assert not step.objective.targets.seen.any()  # the objective was told that the epoch ended
+        assert not step.objective.soften.seen.any()  # the objective was told that the epoch ended
         assert_identical(step.model.state_dict(), reference.model.state_dict())
         assert_identical(step.objective.state_dict(), reference.objective.state_dict())
 
@@ -196,7 +197,7 @@ def test_a_skipped_step_keeps_its_loss_and_predictions():
     means = engine.train_one_epoch(step, Batches())["train"]
     assert 0 < means["loss"] < inf
     assert 0 < means["byot_hint"] < inf
-    memory = step.objective.targets.memory
+    memory = step.objective.soften.memory
     torch.testing.assert_close(memory.sum(dim=1), torch.ones(8))
     assert engine.first_nonfinite(step.model, means) is None
 

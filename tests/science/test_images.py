@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import threading
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +12,13 @@ from unittest import mock
 import numpy as np
 import pytest
 from helpers import random_images
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.transforms import functional as reference
 
 import data
 import main
 from data import images, readers
-from data.images import CACHE, ReadOptions, list_images, load_images, read_image
+from data.images import ReadOptions, list_images, load_images, read_image
 from utils.errors import UserError
 
 ORIENTATIONS = [  # of EXIF, and what a camera that was held so stores
@@ -59,7 +60,11 @@ SMALL = ReadOptions(32)
 
 
 def load(folder, options=SMALL):
-    return load_images(folder, {"train": list_images(folder)[0]}, options)["train"]
+    return load_images(folder, "train", list_images(folder)[0], options).images
+
+
+def load_root(root, options=SMALL):
+    return readers.read_folder(root, options).splits["train"].images
 
 
 @pytest.mark.parametrize(("orientation", "stored"), ORIENTATIONS)
@@ -86,7 +91,7 @@ def test_orientation_of_a_jpeg_and_behind_the_pixels_of_a_png(tmp_path):
 def test_strip_that_no_memory_could_hold_when_resized_is_named(tmp_path):
     Image.new("1", (1_000_000, 1)).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"x\.png .*1000000 x 1 pixels are too long and narrow"):
-        read_image(tmp_path / "x.png", (32, 32))
+        read_image(tmp_path / "x.png", 32)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -95,56 +100,44 @@ def test_damaged_exif_record_is_no_damaged_image(record, tmp_path):
     [pixels] = random_images(1, 12, 20)
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=record)
     assert np.array_equal(read_image(tmp_path / "x.png"), pixels)
-    write(tmp_path, random_images(2, 12, 20))
-    assert load(tmp_path).shape == (3, 12, 20, 3)
 
 
-def test_images_of_several_sizes_have_torchvisions_resized_and_cropped_pixels(tmp_path):
-    sizes = [(64, 128), (97, 61), (32, 32), (16, 16), (24, 55)]
+SIZES = [[(64, 128), (97, 61), (32, 32), (16, 16), (24, 55)], [(100, 200), (100, 200)]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["several", "one"])
+def test_images_have_torchvisions_resized_and_cropped_pixels(sizes, tmp_path):
     pixels = [random_images(1, height, width)[0] for height, width in sizes]
     write(tmp_path, pixels)
     found = load(tmp_path)
-    assert found.shape == (5, 32, 32, 3)
     for image, got in zip(pixels, found, strict=True):
         resized = reference.resize(Image.fromarray(image), 32)
         expected = np.asarray(reference.center_crop(resized, 32))
         assert np.array_equal(got, expected)
 
 
-def test_images_of_one_size_are_kept_at_it(tmp_path):
-    pixels = random_images(3, 24, 20)
-    write(tmp_path, pixels)
-    assert np.array_equal(load(tmp_path), pixels)
+def test_png_with_much_text_or_a_large_colour_profile_is_read(tmp_path):
+    [pixels] = random_images(1)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("notes", "x" * 2_000_000, zip=True)
+    write(tmp_path / "text", [pixels], pnginfo=info)
+    write(tmp_path / "profile", [pixels], icc_profile=bytes(1_500_000))
+    assert np.array_equal(load(tmp_path), [pixels, pixels])
 
 
-def test_sizes_are_compared_upright(tmp_path):
-    pixels = random_images(3, 24, 20)
-    write(tmp_path, pixels)
-    Image.fromarray(np.rot90(pixels[0])).save(tmp_path / "000.png", exif=exif(6))
-    assert np.array_equal(load(tmp_path), pixels)
+def test_more_pixels_than_are_read_are_named(tmp_path):
+    Image.new("1", (20_000, 9_000)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png is larger than what is read"):
+        read_image(tmp_path / "x.png")
 
 
-def test_large_photographs_are_kept_at_the_image_size(tmp_path):
-    for number in range(3):
-        Image.new("RGB", (3000, 3000), (90 * number, 0, 0)).save(tmp_path / f"{number}.jpg")
-    found = load(tmp_path)
-    assert found.shape == (3, 32, 32, 3)
-    assert (tmp_path / CACHE).stat().st_size < 20_000
-    assert found[:, 9, 9, 0].tolist() == pytest.approx([0, 90, 180], abs=2)
-
-
-def test_images_are_brought_to_a_given_size(tmp_path):
-    """That of the images which a network was trained on."""
-    pixels = random_images(3, 24, 20)
-    write(tmp_path, pixels)
-    assert load(tmp_path, ReadOptions(32, size=(12, 12))).shape == (3, 12, 12, 3)
-    expected = reference.center_crop(reference.resize(Image.fromarray(pixels[0]), 12), 12)
-    assert np.array_equal(read_image(tmp_path / "000.png", (12, 12)), expected)
-    assert read_image(tmp_path / "000.png", (10, 40)).shape == (10, 40, 3)
+def test_unreadable_folder_below_a_class_is_named(tmp_path):
+    with pytest.raises(UserError, match="missing cannot be read"):
+        list_images(tmp_path / "missing")
 
 
 def test_webp_and_16_bit_colour_are_read(tmp_path):
-    pixels = random_images(2, 24, 20)
+    pixels = random_images(2)
     Image.fromarray(pixels[0]).save(tmp_path / "a.WEBP", lossless=True)
     write_16_bit_png(tmp_path / "b.png", pixels[1].astype(np.uint16) * 256 + 77)
     assert np.array_equal(load(tmp_path), pixels)
@@ -165,100 +158,121 @@ def test_cache_is_used_until_a_file_changes(root, monkeypatch):
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
     with ThreadPoolExecutor(2) as pool:  # two runs that start at once
-        before, other = pool.map(lambda _: readers.read_folder(root, ReadOptions(32)).train.images, range(2))
+        before, other = pool.map(lambda _: load_root(root), range(2))
     assert (before == other).all()
-    assert sorted(os.listdir(root)) == [CACHE, "test", "train"]
-    assert len(opened) >= 24
+    assert [path.name[:13] for path in caches(root)] == ["decoded-test-", "decoded-train"]
+    assert len(opened) >= 12
     assert not opened.clear()
-    assert (readers.read_folder(root, ReadOptions(32)).train.images == before).all()
+    assert (load_root(root) == before).all()
     assert not opened
     file, facts = root / "train/a/0000.png", (root / "train/a/0000.png").stat()
     shutil.copyfile(root / "train/b/0001.png", file)  # of the same size, and given the same time
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    after = readers.read_folder(root, ReadOptions(32)).train.images
+    after = load_root(root)
     assert file.stat().st_size == facts.st_size
     assert (after[0] == before[3]).all()
 
 
+def caches(folder):
+    return sorted(folder.glob("decoded-*"))
+
+
+def test_a_file_is_opened_once(root, monkeypatch):
+    opened = mock.Mock(wraps=Image.open)
+    monkeypatch.setattr(Image, "open", opened)
+    load_root(root)
+    assert opened.call_count == 12
+
+
 @pytest.mark.slow
-def test_damaged_cache_is_not_used(root, capsys):
-    cache, expected = root / CACHE, readers.read_folder(root, ReadOptions(32)).train.images
+def test_damaged_cache_is_not_used(tmp_path):
+    pixels = random_images(3, 16, 16)
+    write(tmp_path, pixels)
+    load(tmp_path, ReadOptions(16))
+    [cache] = caches(tmp_path)
     good = cache.read_bytes()
     damaged = [b"", good[:-1], good[: len(good) // 2], bytes(len(good)), b"\x93NUMPY\1\0"]
-    for i in (*range(0, 400, 5), *range(400, len(good) - 400, 997), *range(len(good) - 400, len(good), 5)):
+    for i in (*range(0, 400, 5), *range(400, len(good) - 400, 97), *range(len(good) - 400, len(good), 5)):
         damaged.append(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :])
     for content in damaged:
         cache.write_bytes(content)
-        assert (readers.read_folder(root, ReadOptions(32, read_only=True)).train.images == expected).all()
+        assert (load(tmp_path, ReadOptions(16, val_only=True)) == pixels).all()
         assert cache.read_bytes() == content
 
 
-def test_cache_that_cannot_be_written_is_one_note(root, capsys):
-    (root / CACHE).mkdir()
-    for _ in range(2):
-        assert len(readers.read_folder(root, ReadOptions(32)).train.images) == 9
-    assert capsys.readouterr().err.count(f"note: {root / CACHE} cannot be written") == 1
-    assert sorted(os.listdir(root)) == [CACHE, "test", "train"]
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_cache_that_is_no_file_is_not_used(make, root, capsys):
+    expected = load_root(root)
+    for path in caches(root):
+        path.unlink()
+        make(path)
+    assert (load_root(root) == expected).all()
+    assert capsys.readouterr().err.count("cannot be written") == (2 if make is os.mkdir else 0)
 
 
-def test_cache_is_announced_once_with_path_and_size(root, capsys):
+def test_cache_is_announced_once_with_path_and_size(tmp_path, capsys):
+    write(tmp_path, random_images(2))
     for _ in range(2):
-        readers.read_folder(root, ReadOptions(32))
-    line, *others = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"writing {root / CACHE} (0.0 MB)")
-    assert not others
+        load(tmp_path)
+    [path] = caches(tmp_path)
+    assert capsys.readouterr().out.startswith(f"writing {path} (0.0 MB)")
 
 
 def test_cache_of_one_split_is_used_without_the_other(root, monkeypatch):
-    expected = readers.read_folder(root, ReadOptions(32)).test.digest()
+    expected = readers.read_folder(root, SMALL).splits["test"].digest()
     monkeypatch.setattr(images, "_decode", None)
     (root / "train/a/0000.png").unlink()
-    assert readers.read_folder(root, ReadOptions(32, train=False)).test.digest() == expected
+    assert readers.read_folder(root, ReadOptions(32, val_only=True)).splits["test"].digest() == expected
 
 
-def test_cache_depends_on_the_image_size_only_where_images_are_resized(tmp_path, capsys):
-    write(tmp_path, random_images(2, 24, 20))
-    load(tmp_path)
-    assert "writing" in capsys.readouterr().out
-    load(tmp_path, ReadOptions(64))
-    assert "writing" not in capsys.readouterr().out
-    write(tmp_path / "more", random_images(1, 30, 30))
+def test_cache_is_replaced_by_one_of_other_files_or_size_and_nothing_else_is_removed(tmp_path):
+    write(tmp_path, random_images(2))
+    others = [tmp_path / name for name in ("decoded-images.npz", "decoded-train-notes.npz")]
+    for path in others:
+        path.touch()
+    kept = set()
     for size in (32, 64, 32):
-        assert load(tmp_path, ReadOptions(size)).shape == (3, size, size, 3)
-        assert "writing" in capsys.readouterr().out
-    load(tmp_path)
-    assert "writing" not in capsys.readouterr().out
+        assert load(tmp_path, ReadOptions(size)).shape == (2, size, size, 3)
+        [cache] = set(caches(tmp_path)) - set(others)
+        kept.add(cache)
+    assert len(kept) == 2
+    assert all(path.exists() for path in others)
 
 
-def test_cache_written_for_another_size_is_not_used_for_the_images_own(tmp_path):
-    pixels = random_images(2, 24, 20)
-    write(tmp_path, pixels)
-    assert load(tmp_path, ReadOptions(32, size=(32, 32))).shape == (2, 32, 32, 3)
-    assert np.array_equal(load(tmp_path, ReadOptions(32)), pixels)
+@pytest.mark.parametrize("limit", [0, 2])
+def test_images_are_decoded_where_few_threads_may_start(limit, root, monkeypatch):
+    started, original = [], threading.Thread.start
+
+    def start(thread):
+        if len(started) == limit:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        original(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert load_root(root).any(axis=(1, 2, 3)).all()
 
 
 def test_decoding_and_writing_the_cache_hold_the_pixels_once(tmp_path):
     pixels = np.zeros((80, 512, 512, 3), dtype=np.uint8)
-    for part in ("train/a", "test/a"):
-        write(tmp_path / part, pixels[:40])
-    args = main.parse_args(["--data_type", "folder", "--data_path", str(tmp_path), "--workers", "1"])
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        write(tmp_path / part, pixels[:20])
+    words = f"--data_type folder --data_path {tmp_path} --workers 1 --image_size 512"
+    args = main.parse_args(words.split())
     tracemalloc.start()
     loaders = data.load_splits(args, "cpu")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert loaders["train"].images.shape == (40, 32, 32, 3)
+    assert loaders["train"].images.shape == (40, 512, 512, 3)
     assert peak < pixels.nbytes + 20e6
 
 
-def test_too_little_memory_names_the_images_and_what_helps(root, monkeypatch):
-    monkeypatch.setattr(images.np, "empty", mock.Mock(side_effect=MemoryError))
-    with pytest.raises(UserError) as caught:
-        readers.read_folder(root, ReadOptions(32))
-    assert str(caught.value).startswith("12 images of 24 x 20 pixels (1.73e-05 GB) do not fit into memory: use fewer")
-
-
-def test_too_little_memory_for_a_loader_names_the_flags_for_images(root, monkeypatch):
-    monkeypatch.setattr(data, "Loader", mock.Mock(side_effect=RuntimeError("CUDA out of memory. Tried to allocate")))
+@pytest.mark.parametrize(
+    ("where", "name", "error"),
+    [(data, "Loader", RuntimeError("CUDA out of memory. Tried to allocate")), (images, "_fit", MemoryError())],
+)
+def test_too_little_memory_names_the_flags_for_images(where, name, error, root, monkeypatch):
+    monkeypatch.setattr(where, name, mock.Mock(side_effect=error))
     with pytest.raises(UserError, match="--classes, --limit_train, --limit_val") as caught:
         data.load_splits(main.parse_args(["--data_type", "folder", "--data_path", str(root)]), "cpu")
     assert "--batch_size" not in str(caught.value)

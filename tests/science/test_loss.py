@@ -277,7 +277,7 @@ def test_pskd_targets_are_the_predictions_of_the_previous_epoch_before_each_upda
             descend(reference, by_hand)
         objective.end_epoch()
         previous = current.clone()
-        torch.testing.assert_close(objective.targets.memory, previous, rtol=1e-12, atol=0)
+        torch.testing.assert_close(objective.soften.memory, previous, rtol=1e-12, atol=0)
 
 
 def test_label_smoothing_smooths_soft_labels_by_hand():

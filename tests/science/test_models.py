@@ -1,5 +1,6 @@
 """The networks' parameters, exits and convolutions, and load_run."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import main
 from data import synthetic
 from models import ALIASES, MODELS, load_run
 from models.exits import PatchConv2d
+from utils import records
 from utils.checkpoint import load_checkpoint, write_checkpoint
 from utils.errors import UserError
 
@@ -67,7 +69,7 @@ def check_classifier(fc, feature, logits, feature_dim):
 )
 def test_every_block_but_the_last_has_an_exit_and_outputs_are_float32(name, flags, num_exits):
     model = build_network(name, flags)
-    size = 64 if model.num_stages == 4 else 24
+    size = 64 if len(model.stages) == 4 else 24
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits, feature, exit_logits, exit_features = model(network_images(size))
     assert len(model.exits) == num_exits
@@ -212,7 +214,7 @@ def test_patch_convolutions_compute_in_autocasts_precision(size):
         assert conv(network_images(size)).dtype == torch.bfloat16
 
 
-BEST_TEMPERATURES = [None, 2.0, 3.0, 4.0]
+BEST_TEMPERATURES = {"exit 2": 2.0, "exit 3": 3.0, "final": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +228,15 @@ def trained(tmp_path_factory):
         argv = [*words.split(), "--experiments_dir", str(root), "--run_name", "run"]
         assert main.main(argv) == 0
         _, val = data.build_loaders(main.parse_args(argv), "cpu")
-    best = load_checkpoint(root / "run" / "checkpoint_previous.pth")
-    best["test"] = {"best": {"temperatures": BEST_TEMPERATURES}}
-    write_checkpoint(root / "run" / "checkpoint_best.pth", best)
+    change(root / "run", "previous", "best", test={"best": records.TestRecord(0, BEST_TEMPERATURES)})
     return root / "run", val
+
+
+def change(run: Path, name: str, changed_name: str, **fields) -> None:
+    """Write a checkpoint of a run with other fields of its record, under another name or the same."""
+    checkpoint = load_checkpoint(run / f"checkpoint_{name}.pth")
+    record = dataclasses.replace(checkpoint.run, **fields)
+    write_checkpoint(run / f"checkpoint_{changed_name}.pth", checkpoint.states, records.to_json(record))
 
 
 @pytest.fixture
@@ -255,17 +262,17 @@ def test_load_run_gives_the_trained_network(trained):
 def test_load_run_tells_what_is_needed_to_use_the_network(trained):
     run, val = trained
     _, info = load_run(run)
-    assert info["class_names"] == val.class_names
+    assert info["class_names"] == val.record.class_names
     assert (info["image_size"], info["epoch"], info["args"].width) == (32, 1, 4)
 
 
-def test_load_run_sets_the_fitted_temperatures(trained):
+def test_load_run_gives_the_fitted_temperatures_of_trained_classifiers(trained):
     run, _ = trained
-    model, info = load_run(run)
+    _, info = load_run(run)
     results = json.loads((run / "results.json").read_text())
-    fitted = results["test"]["last"]["temperatures"]
-    assert [t is None for t in fitted] == [True, False, False, False]
-    assert model.temperatures == info["temperatures"] == fitted
+    assert info["temperatures"].keys() == BEST_TEMPERATURES.keys()
+    assert info["temperatures"] == results["test"]["last"]["temperatures"]
+    assert info["is_calibrated"]
 
 
 def test_load_run_gives_the_best_epoch_when_asked(trained):
@@ -274,16 +281,33 @@ def test_load_run_gives_the_best_epoch_when_asked(trained):
     best, info = load_run(str(run), "best")
     assert info["epoch"] == 0
     assert (best.fc.bias != last.fc.bias).any()
-    assert best.temperatures == BEST_TEMPERATURES
+    assert info["temperatures"] == BEST_TEMPERATURES
 
 
 def test_load_run_without_val_split_has_temperatures_of_1(copied):
-    path = copied / "checkpoint_last.pth"
-    checkpoint = load_checkpoint(path)
-    write_checkpoint(path, {**checkpoint, "test": None})
+    change(copied, "last", "last", test=None)
+    _, info = load_run(copied)
+    assert info["temperatures"] == dict.fromkeys(BEST_TEMPERATURES, 1.0)
+    assert not info["is_calibrated"]
+
+
+def flags_of(run: Path) -> dict:
+    return load_checkpoint(run / "checkpoint_last.pth").run.args
+
+
+def test_load_run_takes_the_default_of_a_network_flag_that_an_older_run_lacks(copied):
+    flags = flags_of(copied)
+    del flags["num_resnet_blocks"]
+    change(copied, "last", "last", args=flags)
     model, info = load_run(copied)
-    assert info["temperatures"] is None
-    assert model.temperatures == [None, 1.0, 1.0, 1.0]
+    assert len(model.stages) == info["args"].num_resnet_blocks == 4
+
+
+@pytest.mark.parametrize("name, value", [("classifier_type", ["resnet18"]), ("classifier_type", "x"), ("width", "4")])
+def test_load_run_names_a_checkpoint_whose_flags_are_not_this_programs(copied, name, value):
+    change(copied, "last", "last", args=flags_of(copied) | {name: value})
+    with pytest.raises(UserError, match="does not hold what this program writes"):
+        load_run(copied)
 
 
 def test_load_run_reads_the_checkpoint_alone(copied):

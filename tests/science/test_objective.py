@@ -8,11 +8,11 @@ from helpers import INDEX, LABELS, gradients, near, objective_of, random_outputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import trained_exits
 from loss.objective import CrossEntropy, Objective, Term
 from main import parse_args
 from models import Outputs
-from utils import distributed
+from utils import launch
+from utils.launch import World
 
 
 class Consistency(Term):
@@ -133,14 +133,7 @@ def test_alpha_t_grows_linearly():
     objective = objective_of("--PSKD --alpha_T 0.6 --end_epoch 3")
     for epoch, alpha_t in enumerate((0.2, 0.4, 0.6)):
         objective.set_epoch(epoch)
-        assert objective.alpha_t == near(alpha_t)
-
-
-@pytest.mark.parametrize("words", ["", "--BYOT --DML", "--label_smoothing 0.1"])
-def test_alpha_t_is_none_without_pskd(words):
-    objective = objective_of(words)
-    objective.set_epoch(1)
-    assert objective.alpha_t is None
+        assert objective.soften.alpha_t == near(alpha_t)
 
 
 def test_mean_of_the_losses_of_unequal_shards_is_the_loss_of_the_global_batch(monkeypatch):
@@ -153,7 +146,7 @@ def test_mean_of_the_losses_of_unequal_shards_is_the_loss_of_the_global_batch(mo
     outputs = random_outputs(seed=2)
     expected_loss, expected_parts = objective(outputs, LABELS, INDEX, batch_size=5)
 
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(launch, "WORLD", World(size=2))
     mean_loss = 0
     mean_parts = dict.fromkeys(expected_parts, 0)
     for process, shard in zip(processes, (INDEX[:3], INDEX[3:]), strict=True):
@@ -166,12 +159,19 @@ def test_mean_of_the_losses_of_unequal_shards_is_the_loss_of_the_global_batch(mo
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("words", ["--BYOT --BYOT_from_k_block 2", "--BYOT --DML", "--DML", "--DML --DML_on_output"])
-def test_trained_exits_are_those_whose_classifier_receives_a_gradient(words):
-    outputs = random_outputs()
-    loss, _ = objective_of(words)(outputs, LABELS, INDEX)
+@pytest.mark.parametrize("num_exits", [2, 3])
+@pytest.mark.parametrize(
+    "words", ["", "--BYOT --BYOT_from_k_block 2", "--BYOT --DML", "--DML", "--DML --DML_on_output"]
+)
+def test_trained_classifiers_are_those_that_receive_a_gradient(words, num_exits):
+    outputs = random_outputs(exits=num_exits)
+    objective = objective_of(words)
+    loss, _ = objective(outputs, LABELS, INDEX)
     names = receives_gradient(loss, outputs)
-    expected = [f"exit_logits{i}" in names for i in (1, 2, 3)]
-    assert trained_exits(parse_args(words.split())) == expected
-    fewer = parse_args([*words.split(), "--num_resnet_blocks", "3"])
-    assert trained_exits(fewer) == expected[:2]
+    expected = [f"exit {i}" for i in range(1, num_exits + 1) if f"exit_logits{i}" in names]
+    assert objective.trained_classifiers(num_exits) == [*expected, "final"]
+
+
+@pytest.mark.parametrize("words, exits", [("--PSKD", False), ("--BYOT", True), ("--DML --DML_as_published", True)])
+def test_the_network_has_exits_if_a_loss_uses_them(words, exits):
+    assert parse_args(words.split()).exits is exits

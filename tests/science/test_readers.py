@@ -15,13 +15,13 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import data
 import main
 from data import readers
-from data.images import CACHE, ReadOptions
+from data.images import ReadOptions
 from utils.errors import UserError
 
 CLASS_IDS = [f"n{number:08d}" for number in range(1000, 1200)]
 IMAGE = Image.effect_noise((20, 24), 99)
 TINY = "tiny-imagenet-200"
-OPTIONS = ReadOptions(32)
+OPTIONS, TINY_OPTIONS = ReadOptions(32), ReadOptions(64)
 
 
 def error_of(name, root, *words):
@@ -55,17 +55,17 @@ def root(tmp_path, monkeypatch):
 
 
 def digests(images):
-    """Of the training and the test split."""
-    return images.train.digest(), images.test.digest()
+    """Of the splits, by name."""
+    return {name: split.digest() for name, split in images.splits.items()}
 
 
-@pytest.fixture(params=[(3, 24, 40, "jpg", "test"), (11, 32, 32, "png", "val")])
+@pytest.fixture(params=[(3, "jpg", "test"), (11, "png", "val")])
 def folder(request, tmp_path):
     """Two images in each of several classes; hidden folders with images are no classes and in no class."""
-    num_classes, height, width, kind, test_name = request.param
+    num_classes, kind, test_name = request.param
     names = [f"class {n}" for n in range(num_classes)]
     labels = np.arange(2 * num_classes) % num_classes
-    images = random_images(len(labels), height, width)
+    images = random_images(len(labels))
     for split in ("train", test_name):
         write_classes(tmp_path / split, images, labels, names, kind)
     for hidden in (".class", "class 0/.folder"):
@@ -77,34 +77,33 @@ def folder(request, tmp_path):
 
 def test_folder_of_classes_is_read_in_sorted_order(folder):
     """As strings: class 10 before class 2."""
-    train, test, class_names = readers.read_folder(folder, OPTIONS)
+    splits, class_names = readers.read_folder(folder, OPTIONS)
     files = sorted(folder.glob("train/[!.]*/*.*g"))
     of_files = [file.parent.name for file in files]
     assert class_names == sorted(set(of_files))
-    assert [class_names[label] for label in train.labels] == of_files
-    assert len(test.labels) == len(files)
+    assert [class_names[label] for label in splits["train"].labels] == of_files
+    assert len(splits["test"].labels) == len(files)
     expected = [np.asarray(Image.open(file)) for file in files]
-    assert (train.images == np.stack(expected)).all()
+    assert (splits["train"].images == np.stack(expected)).all()
 
 
 def test_mean_and_std_are_those_of_the_training_images_of_the_classes_used(folder):
     _, val = build("--data_type", "folder", "--data_path", folder, "--classes", "2")
-    train, _, _ = readers.read_folder(folder, OPTIONS)
+    train = readers.read_folder(folder, OPTIONS).splits["train"]
     pixels = train.images[:4] / 255
-    np.testing.assert_allclose(val.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(val.std, pixels.std((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(val.record.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(val.record.std, pixels.std((0, 1, 2)), rtol=1e-6)
 
 
-def test_more_classes_than_there_are_and_a_split_without_images_are_refused(folder):
+def test_more_classes_than_there_are_are_refused(folder):
     assert "--classes 12: folder has" in error_of("folder", folder, "--classes", "12")
-    assert "--val_split 0.9 leaves no image" in error_of("folder", folder, "--val_split", "0.9")
 
 
 @pytest.fixture
 def tiny(root):
     """One training and one validation image of each of 200 classes; annotations in reverse order."""
     directory = root / TINY
-    images = random_images(200, 24, 20)
+    images = random_images(200, 64, 64)
     write_classes(directory / "train", images, np.arange(200), [f"{name}/images" for name in CLASS_IDS])
     write_classes(directory / "val", images, np.zeros(200, int), ["images"])
     (directory / "train" / CLASS_IDS[0] / f"{CLASS_IDS[0]}_boxes.txt").touch()
@@ -125,29 +124,48 @@ def archive(tiny, root, monkeypatch):
 
 
 def test_tiny_imagenet_is_read_in_order(tiny, root):
-    train, val, names = readers.read_tiny_imagenet(root, OPTIONS)
+    splits, names = readers.read_tiny_imagenet(root, TINY_OPTIONS)
+    train, val = splits.values()
     assert names == ["goldfish", *CLASS_IDS[1:]]
     assert train.labels.tolist() == list(range(200))
-    assert (train.images == random_images(200, 24, 20)).all()
+    assert (train.images == random_images(200, 64, 64)).all()
     assert val.labels.tolist() == list(reversed(range(200)))
     assert (val.images[::-1] == train.images).all()
 
 
+@pytest.mark.parametrize("inner", ["", "images"])
+def test_tiny_imagenet_is_read_with_validation_images_sorted_into_folders(inner, tiny, capsys):
+    for number, name in enumerate(CLASS_IDS):
+        folder = tiny / "val" / name / inner
+        folder.mkdir(parents=True)
+        (tiny / "val" / "images" / f"{number:04}.png").rename(folder / f"{number:04}.png")
+    train, val = readers.read_tiny_imagenet(tiny, TINY_OPTIONS).splits.values()
+    assert val.labels.tolist() == list(range(200))
+    assert (val.images == train.images).all()
+    assert not capsys.readouterr().err
+
+
+def test_tiny_imagenet_is_cropped_from_64_pixels(tiny):
+    train, val = build("--data_type", "tinyimagenet", "--data_path", tiny)
+    assert train.images.shape == (200, 64, 64, 3)
+    assert val.images.shape == (200, 32, 32, 3)
+
+
 def test_tiny_imagenet_has_imagenets_mean_and_std(tiny):
     _, loader = build("--data_type", "tinyimagenet", "--data_path", tiny)
-    assert loader.mean == [0.485, 0.456, 0.406]
-    assert loader.std == [0.229, 0.224, 0.225]
+    assert loader.record.mean == [0.485, 0.456, 0.406]
+    assert loader.record.std == [0.229, 0.224, 0.225]
 
 
 def test_tiny_imagenet_archive_is_unpacked(archive, root):
-    unpacked = readers.read_tiny_imagenet(archive.parent, OPTIONS)
-    assert digests(unpacked) == digests(readers.read_tiny_imagenet(root, OPTIONS))
+    unpacked = readers.read_tiny_imagenet(archive.parent, TINY_OPTIONS)
+    assert digests(unpacked) == digests(readers.read_tiny_imagenet(root, TINY_OPTIONS))
     assert sorted(os.listdir(archive.parent)) == [TINY, f"{TINY}.zip"]
 
 
 def test_tiny_imagenet_archive_is_not_unpacked_where_nothing_may_be_written(archive):
     with pytest.raises(UserError, match="--val_only downloads nothing"):
-        readers.read_tiny_imagenet(archive.parent, ReadOptions(32, read_only=True))
+        readers.read_tiny_imagenet(archive.parent, ReadOptions(64, val_only=True))
     assert os.listdir(archive.parent) == [f"{TINY}.zip"]
 
 
@@ -169,6 +187,11 @@ def move_away(path):
 def empty(path):
     for child in path.iterdir():
         shutil.rmtree(child)
+
+
+def clear(path):
+    for file in path.iterdir():
+        file.unlink()
 
 
 def save_bmp(path):
@@ -202,7 +225,7 @@ def double(path):
         (move_away, "", "{root} is not a directory"),
         (shutil.rmtree, "train", "{root} has a folder test/ but none of the name train/"),
         (shutil.rmtree, "test", "give --val_split to hold out a part of the training images"),
-        (Path.mkdir, "train/d", "{root}/train/d holds no image"),
+        (clear, "train/c", "{root}/train/c holds no image"),
         (empty, "test", "{root}/test holds no folder of images"),
         (shutil.rmtree, "test/b", "{root}/test lacks classes that {root}/train has: b"),
         (shutil.rmtree, "train/b", "{root}/train lacks classes that {root}/test has: b"),
@@ -216,7 +239,7 @@ def double(path):
 def test_bad_files_of_a_folder_are_named(root, damage, path, words):
     damage(root / path)
     assert words.format(root=root) in error_of("folder", root)
-    assert not list(root.rglob(CACHE))
+    assert not list(root.glob("decoded-test-*"))
 
 
 @pytest.mark.parametrize(
@@ -226,26 +249,25 @@ def test_bad_files_of_a_folder_are_named(root, damage, path, words):
         (Path.unlink, "val/val_annotations.txt", "{tiny}/val/val_annotations.txt is damaged"),
         (write_row, "val/val_annotations.txt", "val_annotations.txt is damaged"),
         (write_unknown_class, "val/val_annotations.txt", "val_annotations.txt is damaged"),
-        (double, "val/val_annotations.txt", "missing (one of 200)"),
-        (Path.unlink, "val/images/0007.png", "val/images/0007.png is missing, or"),
-        (IMAGE.save, "val/images/x.png", "x.png is not listed in {tiny}"),
+        (double, "val/val_annotations.txt", "val/images/0000.png (one of 200) must be there, and be listed in"),
+        (Path.unlink, "val/images/0007.png", "val/images/0007.png must be there, and be listed in"),
+        (IMAGE.save, "val/images/x.png", "x.png must be there, and be listed in {tiny}/val/val_annotations.txt, once"),
     ],
 )
 def test_bad_files_of_tiny_imagenet_are_named(tiny, damage, path, words):
     damage(tiny / path)
     assert words.format(tiny=tiny) in error_of("tinyimagenet", tiny.parent)
-    assert not list(tiny.parent.rglob(CACHE))
 
 
 def test_damaged_images_are_all_counted_and_ten_are_named(root):
     damaged = [root / "train" / "b" / f"x{number:02}.png" for number in range(12)]
-    for path in (*damaged, root / "test" / "a" / "x.png"):
+    for path in damaged:
         truncate(path)
     error = error_of("folder", root)
     for path in damaged[:10]:
         assert f"{path} is not an intact" in error
     assert error.count(".png") == 10
-    assert error.endswith("; and 3 more")
+    assert error.endswith("; and 2 more")
 
 
 def write_pickle(file, content) -> str:
@@ -272,7 +294,7 @@ def cifar(request, root, monkeypatch):
         monkeypatch.setattr(kind, f"{part}_list", [(part, md5)])
     md5 = write_pickle(pickles / "meta", {kind.meta["key"]: names})
     monkeypatch.setattr(kind, "meta", {**kind.meta, "filename": "meta", "md5": md5})
-    monkeypatch.setattr(readers, "CIFAR_SIZES", (3 * classes, classes))
+    monkeypatch.setattr(readers, "CIFAR_IMAGES", {"train": 3 * classes, "test": classes})
     return kind.__name__, pickles, folders
 
 
@@ -280,19 +302,20 @@ def test_cifars_loaders_have_its_names_statistics_and_augmentation(cifar):
     name, pickles, folders = cifar
     for path in (pickles.parent, folders):
         train, _ = build("--data_type", name.lower(), "--data_path", path)
-        assert train.class_names[3] == "name 03"
+        assert train.record.class_names[3] == "name 03"
         assert train.augmentation == "crop"
-        assert train.mean == [0.4914, 0.4822, 0.4465]
-        assert train.std == [0.2023, 0.1994, 0.2010]
+        assert train.record.mean == [0.4914, 0.4822, 0.4465]
+        assert train.record.std == [0.2023, 0.1994, 0.2010]
 
 
-def test_reading_cifar_prints_one_line_for_folders_and_none_for_pickles(cifar, capfd):
+def test_reading_cifar_prints_one_line_per_split_of_folders_and_none_for_pickles(cifar, capfd):
     name, pickles, folders = cifar
     readers.read_cifar(name, pickles.parent, OPTIONS)
     readers.read_cifar(name, folders, OPTIONS)
     out, err = capfd.readouterr()
-    assert out.startswith(f"writing {folders / CACHE} (")
-    assert out.count("\n") == 1
+    train, test = out.splitlines()
+    assert train.startswith(f"writing {folders}/decoded-train-")
+    assert test.startswith(f"writing {folders}/decoded-test-")
     assert not err
 
 
@@ -328,9 +351,9 @@ def split_sizes(folder):
 @pytest.mark.parametrize("path", ["", "train"])  # the second is one folder of classes
 def test_classes_are_read_without_a_test_split_for_val_split(root, path):
     shutil.rmtree(root / "test")
-    train, test, class_names = readers.read_folder(root / path, ReadOptions(32, needs_test=False))
-    assert len(train.images) == 9
-    assert test is None
+    splits, class_names = readers.read_folder(root / path, ReadOptions(32, holds_out=True))
+    assert len(splits["train"].images) == 9
+    assert "test" not in splits
     assert class_names == ["a", "b", "c"]
     assert split_sizes(root / path) == {"train": 6, "val": 3}
 
@@ -340,14 +363,15 @@ def test_a_test_split_that_is_there_is_read_with_val_split_too(root):
 
 
 def test_a_test_split_is_read_alone(root):
-    _, expected, _ = readers.read_folder(root, OPTIONS)
+    expected = readers.read_folder(root, OPTIONS).splits["test"]
     shutil.rmtree(root / "train")
     for _ in range(2):  # from the cache, and from the files
-        train, test, class_names = readers.read_folder(root, ReadOptions(32, train=False))
-        assert train is None
+        splits, class_names = readers.read_folder(root, ReadOptions(32, val_only=True))
+        assert list(splits) == ["test"]
         assert class_names == ["a", "b", "c"]
-        assert test.digest() == expected.digest()
-        (root / CACHE).unlink(missing_ok=True)
+        assert splits["test"].digest() == expected.digest()
+        for cache in root.glob("decoded-*"):
+            cache.unlink()
 
 
 FOREIGN = "train/a/._0000.png", "train/a/.DS_Store", "train/b/Thumbs.db", "test/c/notes.txt", "test/loose.png"
@@ -376,15 +400,16 @@ def in_order_of_folders(split):
 def test_pickles_folders_and_cache_give_identical_arrays(cifar):
     name, pickles, folders = cifar
     from_pickles = readers.read_cifar(name, pickles.parent, OPTIONS)
-    train, test, class_names = from_pickles
-    expected = in_order_of_folders(train).digest(), in_order_of_folders(test).digest()
+    splits, class_names = from_pickles
+    expected = [in_order_of_folders(split).images for split in splits.values()]
     decoded = readers.read_cifar(name, folders, OPTIONS)
     cached = readers.read_cifar(name, folders, OPTIONS)
     for images in (decoded, cached):
         assert images.class_names == class_names
-        assert digests(images) == expected
+        for split, pixels in zip(images.splits.values(), expected, strict=True):
+            assert (split.images == pixels).all()
     for images in (from_pickles, decoded, cached):
-        for split in (images.train, images.test):
+        for split in images.splits.values():
             assert split.images.flags["C_CONTIGUOUS"]
             assert split.labels.dtype == np.int64
 
@@ -394,5 +419,121 @@ def test_another_test_set_of_cifars_classes_is_read(cifar):
     shutil.rmtree(folders / "train")
     image = next((folders / "test" / "name 00").glob("*.png"))
     shutil.copy(image, image.with_name("new.png"))
-    _, test, class_names = readers.read_cifar(name, folders, ReadOptions(32, train=False))
-    assert len(test.images) == len(class_names) + 1
+    splits, class_names = readers.read_cifar(name, folders, ReadOptions(32, val_only=True))
+    assert len(splits["test"].images) == len(class_names) + 1
+
+
+def fill(folder, num=4):
+    """`num` images of each of three classes."""
+    images = random_images(3 * num)
+    write_classes(folder, images, np.arange(3 * num) % 3, "abc")
+
+
+def folder_splits(root, *words):
+    return build_splits("--data_type", "folder", "--data_path", root, *words)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_val_selects_beside_a_test_split(name, root):
+    fill(root / name)
+    loaders = folder_splits(root)
+    assert {split: loader.num_samples for split, loader in loaders.items()} == {"train": 9, "test": 3, "val": 12}
+    assert loaders["val"].record.selects_on_val
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_val_without_a_test_split_is_one(name, root):
+    (root / "test").rename(root / name)
+    loaders = folder_splits(root)
+    assert {split: loader.num_samples for split, loader in loaders.items()} == {"train": 9, "val": 3}
+    assert not loaders["val"].record.selects_on_val
+
+
+def test_val_split_beside_a_val_folder_is_refused(root):
+    fill(root / "val")
+    assert "has validation images of its own" in error_of("folder", root, "--val_split", "0.3")
+
+
+def test_what_lies_unused_beside_the_splits_gets_one_line(root, capsys):
+    fill(root / "valid")
+    fill(root / "validation")
+    (root / "labels.csv").touch()
+    folder_splits(root)
+    assert capsys.readouterr().err == f"note: not used: labels.csv, validation in {root}\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--val_split", "0.3")])
+def test_folders_named_like_splits_are_not_classes(words, root):
+    (root / "train").rename(root / "Training")
+    (root / "test").rename(root / "Testing")
+    assert f"{root} holds Testing, Training in place of classes" in error_of("folder", root, *words)
+
+
+def test_a_single_class_is_refused(root):
+    (root / "train").rename(root / "images")
+    (root / "train").mkdir()
+    (root / "images").rename(root / "train" / "images")
+    assert f"{root}/train holds one class, images (are the folders in it the classes?" in error_of("folder", root)
+
+
+def test_a_test_folder_without_classes_is_no_test_split(root, capsys):
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    IMAGE.save(root / "test" / "0.png")
+    assert split_sizes(root) == {"train": 6, "val": 3}
+    assert f"note: {root}/test holds no folder of images" in capsys.readouterr().err
+    fill(root / "val")
+    assert list(folder_splits(root)) == ["train", "val"]
+
+
+def test_classes_of_one_image_are_not_held_out_and_named(root, capsys):
+    for number in ("0003", "0006"):
+        (root / "train" / "a" / f"{number}.png").unlink()
+    loaders = folder_splits(root, "--val_split", "0.3")
+    assert loaders["train"].labels.tolist() == [0, 1, 1, 2, 2]
+    assert "no image of classes that have only one: a\n" in capsys.readouterr().err
+
+
+def test_class_names_are_compared_in_one_unicode_form(root):
+    (root / "train" / "b").rename(root / "train" / "caf\u00e9")
+    (root / "test" / "b").rename(root / "test" / "cafe\u0301")
+    assert folder_splits(root)["val"].record.class_names == ["a", "c", "caf\u00e9"]
+
+
+def test_a_link_to_nowhere_in_place_of_a_class_is_counted(root, capsys):
+    (root / "train" / "d").symlink_to("nowhere")
+    folder_splits(root)
+    assert f"skipped 1 hidden or foreign file in {root}, the first of them train/d" in capsys.readouterr().err
+
+
+def test_images_much_larger_than_the_image_size_get_a_line(root, capsys):
+    for file in root.glob("*/*/*.png"):
+        IMAGE.resize((300, 200)).save(file)
+    folder_splits(root)
+    assert "are brought to 32 x 32 pixels; half are 200 or more" in capsys.readouterr().err
+
+
+def test_digest_of_a_folder_does_not_depend_on_the_image_size(root):
+    small, large = (folder_splits(root, "--image_size", size)["val"].record.splits for size in (32, 64))
+    assert small == large
+
+
+PIXELS, LABELS = random_images(6, 16, 16), np.arange(6) % 3
+BAD_ARRAYS = [
+    (PIXELS[..., 0], LABELS, "abc", "images uint8 (6, 16, 16) in place of uint8 (M, S, S, 3)"),
+    (PIXELS.transpose(0, 3, 1, 2), LABELS, "abc", "images uint8 (6, 3, 16, 16)"),
+    (PIXELS / 255, LABELS, "abc", "images float64"),
+    (PIXELS, LABELS.astype(np.uint8), "abc", "labels uint8 (6,) in place of int64 (6,)"),
+    (PIXELS, LABELS[:5], "abc", "labels int64 (5,)"),
+    (PIXELS, LABELS + 1, "abc", "labels from 1 to 3 for 3 class names"),
+    (PIXELS, LABELS, "ab", "labels from 0 to 2 for 2 class names"),
+]
+
+
+@pytest.mark.parametrize(("pixels", "labels", "names", "words"), BAD_ARRAYS)
+def test_what_a_reader_returns_is_checked(pixels, labels, names, words, monkeypatch):
+    split = readers.Split(pixels, labels)
+    images = readers.Images({"train": split, "test": split}, list(names))
+    row = data.DATASETS["folder"]._replace(read=lambda *_: images)
+    monkeypatch.setitem(data.DATASETS, "folder", row)
+    assert words in error_of("folder", ".")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import build_loaders
 from models import load_run
-from models.exits import MultiExitResNet
+from models.early_exit import multiply_adds
 from utils import engine
 
 
@@ -48,12 +48,12 @@ def multi_exit(methods, tmp_path_factory):
 @pytest.mark.parametrize("threshold", [1.01, 1, 0])
 def test_predictions_equal_those_of_the_loaders_network(multi_exit, methods, threshold, tmp_path):
     directory, logits, labels = multi_exit
-    model, _ = load_run(directory / "run")
+    model, info = load_run(directory / "run")
     i = 0 if threshold == 0 else -1
     decided_by = "exit 1" if methods and threshold == 0 else "final"
-    costs, backbone = model.multiply_adds(24)
-    cost = backbone if threshold > 1 else costs[i]
-    scaled = logits[i] / model.temperatures[i]
+    costs, backbone = multiply_adds(model, 24, info["temperatures"])
+    cost = backbone if threshold > 1 else costs[decided_by]
+    scaled = logits[i] / info["temperatures"][decided_by]
     confidences, classes = scaled.softmax(dim=1).max(dim=1)
 
     table = tmp_path / "table.csv"
@@ -112,14 +112,14 @@ def test_images_are_prepared_exactly_as_those_of_validation(change, image_size, 
     change(tmp_path / "photos")
     train(tmp_path, f"--image_size {image_size} --end_epoch 1")
     given = []
-    original = MultiExitResNet.predict_early
+    original = predict.predict_early
 
-    def predict_early(model, images, threshold):
+    def predict_early(model, images, *rest):
         assert images.is_contiguous(memory_format=torch.channels_last)
         given.append(images)
-        return original(model, images, threshold)
+        return original(model, images, *rest)
 
-    monkeypatch.setattr(MultiExitResNet, "predict_early", predict_early)
+    monkeypatch.setattr(predict, "predict_early", predict_early)
     monkeypatch.setattr(predict, "BATCH_SIZE", 3)
     assert call(tmp_path / "run", tmp_path / "photos" / "test") == 0
     assert [len(images) for images in given] == [3, 3, 2]

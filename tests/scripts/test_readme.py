@@ -9,45 +9,48 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from conftest import ROOT
-from helpers import ALL, read, read_records, run, val_only
+from helpers import AGREEMENT, ALL, read, read_records, run, split_cells, val_only
 
 import main
-from models import build_model
 
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 PAGES = ("README.md", "loss/README.md", "scripts/results/README.md", "tests/golden/README.md", "utils/README.md")
 PAGES += (".github/CONTRIBUTING.md",)
 SMALL = "--data_type synthetic --width 8 --limit_train 32 --limit_val 50 --end_epoch 1 --device cpu --precision fp32"
-EXAMPLES = {"loss/entropy.py", "data/mixup.py"}  # which the README adds
+EXAMPLES = {"loss/entropy.py", "data/mixup.py", "loss/ensemble.py", "models/densenet.py"}  # which the pages add
 
 
-def block_after(text: str) -> str:
-    """The first code block after a piece of the README's text."""
-    return re.search(r"```\w+\n(.*?)```", README[README.index(text) :], re.DOTALL).group(1)
+def block_after(text: str, page: str = README) -> str:
+    """The first code block after a piece of a page's text."""
+    return re.search(r"```\w+\n(.*?)```", page[page.index(text) :], re.DOTALL).group(1)
 
 
-def apply_example(tree: Path, block: str, package: str, last_flag: str, place: str) -> None:
-    """Copy the program into `tree` and change it as an example says: a new file, then an import, a flag and a line for
-    the package's __init__.py. `last_flag` is the name of the flag before the new one, `place` the statement before
-    which the line goes, or which it replaces."""
+FLAG = "\n\ndef check_flags("  # the place of a flag
+
+
+def apply_example(tree: Path, block: str, package: str, *places: str) -> None:
+    """Copy the program into `tree` and change it as an example says: a new file, then for the package's __init__.py an
+    import, and lines, each of which goes before its place, or, if it returns, replaces it."""
     for name in ("data", "loss", "models", "utils"):
         shutil.copytree(ROOT / name, tree / name)
-    shutil.copy(ROOT / "main.py", tree)
+    for name in ("main.py", ".ruff.toml"):
+        shutil.copy(ROOT / name, tree)
     file, changes = block.split(f"\n# {package}/__init__.py", 1)
     name = re.match(r"# ([\w/]+\.py)", file).group(1)
     (tree / name).write_text(file)
-    _, imported, flag, line = changes.strip("\n").split("\n")
+    for words in (["check"], ["format", "--check"]):
+        subprocess.run([sys.executable, "-m", "ruff", *words, name], cwd=tree, check=True)
+    _, imported, *lines = changes.strip("\n").split("\n")
     code = (ROOT / package / "__init__.py").read_text()
     code = re.sub(rf"^from {package}\.", rf"{imported}\n\g<0>", code, count=1, flags=re.MULTILINE)
-    code = re.sub(rf'^    number\("--{last_flag}".*\n', rf"\g<0>{flag}\n", code, flags=re.MULTILINE)
-    head, found, tail = code.partition(place)
-    assert found
-    assert flag in head
-    assert imported in head
-    kept = "" if line.strip().startswith("return") else place
-    (tree / package / "__init__.py").write_text(f"{head}{line}\n{kept}{tail}")
+    assert imported in code
+    for line, place in zip(lines, places, strict=True):
+        assert place in code
+        kept = "" if line.strip().startswith("return") else place
+        code = code.replace(place, f"{line}\n{kept}", 1)
+    (tree / package / "__init__.py").write_text(code)
 
 
 def command(tree: Path, *words: str) -> list[dict]:
@@ -71,14 +74,14 @@ def test_load_run_example(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_new_loss_example_touches_only_loss(tmp_path):
     block = block_after("A new loss touches")
-    apply_example(tmp_path, block, "loss", "label_smoothing", "    return Objective(")
+    apply_example(tmp_path, block, "loss", FLAG, "    return Objective(")
     records = command(tmp_path, "--BYOT", "--confidence_penalty", "0.1", "--run_name", "own")
     assert records[0]["train"]["entropy"] < 0
 
 
 @pytest.mark.slow
 def test_mixup_example_trains_with_all_methods_and_resumes_to_the_bit(tmp_path):
-    apply_example(tmp_path, block_after("MixUp touches"), "data", "val_split", "    return None\n")
+    apply_example(tmp_path, block_after("MixUp touches"), "data", FLAG, "    return None\n")
     words = [*ALL, "--end_epoch", "2", "--mixup", "1", "--saveckp_freq", "1"]
     mixed = command(tmp_path, *words, "--run_name", "mixed")
     start = tmp_path / "experiments" / "mixed" / "checkpoint_epoch0.pth"
@@ -89,15 +92,22 @@ def test_mixup_example_trains_with_all_methods_and_resumes_to_the_bit(tmp_path):
     assert mixed[0]["train"]["ce"] != read_records(tmp_path / "plain")[0]["train"]["ce"]
 
 
-def test_torchvision_weights_example(monkeypatch, capsys):
-    resnet18 = torchvision.models.resnet18
-    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: resnet18(weights=None))  # no download
-    model = build_model(main.parse_args(["--BYOT"]), num_classes=100)
-    names = {"model": model}
-    exec(block_after("To start from torchvision's weights"), names)
-    missing = set(re.findall(r"'(\w+)", capsys.readouterr().out))
-    assert missing == {"conv1", "fc", "exits"}
-    assert torch.equal(model.layer4[1].conv2.weight, names["weights"]["layer4.1.conv2.weight"])
+@pytest.mark.slow
+def test_loss_on_exits_example_touches_only_loss(tmp_path):
+    block = block_after("A loss on exits touches", CONTRIBUTING)
+    apply_example(tmp_path, block, "loss", FLAG, "    return Objective(")
+    records = command(tmp_path, "--ensemble_teacher", "0.5", "--run_name", "own")
+    assert records[0]["train"]["ensemble_kl"] > 0
+    assert records[0]["val"].keys() == {"exit 1", "exit 2", "exit 3", "final", "ensemble"}
+
+
+@pytest.mark.slow
+def test_network_example_touches_its_file_and_a_row(tmp_path):
+    block = block_after("A network of another family touches", CONTRIBUTING)
+    apply_example(tmp_path, block, "models", "}\n# The published script's names")
+    command(tmp_path, *ALL, "--val_split", "0.25", "--classifier_type", "densenet", "--run_name", "own")
+    early_exit = read(tmp_path / "experiments" / "own")["test"]["last"]["early_exit"]
+    assert early_exit["multiply_adds"]["final"] > early_exit["backbone_multiply_adds"]
 
 
 @pytest.mark.parametrize("status, is_requeued", [(0, False), (1, False), (138, True)])
@@ -144,11 +154,32 @@ def test_files_and_flags_exist(page):
     text = (ROOT / page).read_text()
     for path in re.findall(r"(?:scripts|tests|loss|utils|data|models)/[\w/]+\.(?:py|sh|png|md|jsonl?)", text):
         assert (ROOT / path).exists() or path in EXAMPLES, path
-    known = {*vars(main.parse_args([])), "help", "logdir", "nproc_per_node", "confidence_penalty", "mixup"}
+    known = {
+        *vars(main.parse_args([])),
+        "help",
+        "logdir",
+        "nproc_per_node",
+        "confidence_penalty",
+        "mixup",
+        "ensemble_teacher",
+    }
     known |= {"requeue", "gpus", "cpus-per-task", "time", "open-mode", "signal"}  # Slurm's
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"--([\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]+)", text)) <= known
+
+
+def test_agreement_table_prints_the_bounds_of_its_tests():
+    pages = README + (ROOT / "loss/README.md").read_text()  # the table is on one of them
+    section = pages.partition("\n## Agreement with the published script\n")[2].partition("\n## ")[0]
+    figures = {}
+    for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)[2:]:
+        evidence, differences, tests = split_cells(line)
+        figures[evidence.partition(" (")[0]] = [float(figure) for figure in re.findall(r"[\d.]+e-\d+", differences)]
+        file, *names = re.findall("`(.+?)`", tests)
+        code = (ROOT / file).read_text()
+        assert all(f"\ndef {name}(" in code for name in names), tests
+    assert figures == AGREEMENT
 
 
 def test_readme_is_short():
