@@ -87,4 +87,4 @@ def test_other_weights_are_another_experiment(pretrained, tmp_path, capsys):
 
 def test_resume_with_other_flags_names_weights(pretrained, tmp_path, capsys):
     assert run(tmp_path / "run", *ONE_EPOCH, "--resume", str(pretrained)) == 1
-    assert f"--weights {pretrained}/checkpoint_last.pth in place of --resume" in one_line(capsys)
+    assert "--weights PATH" in one_line(capsys)
