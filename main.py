@@ -389,7 +389,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         raise UserError(f"{file} was trained with flags that are not valid here; give another value: {message}")
 
     own = default_args()
-    vars(own).update(run.args, val_only=True, device=args.device, workers=args.workers)
+    vars(own).update(run.args, val_only=True, weights=None, device=args.device, workers=args.workers)
     vars(own).update({name: getattr(args, name) for name in given})
     with reading(file):
         for package in (loss, data, models):

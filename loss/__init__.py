@@ -32,7 +32,6 @@ def add_flags(parser) -> None:
     switch("--DML_as_published", help="DML: the published script's value, which has no gradient")
     text = "divide this part of each label among all classes, in every cross-entropy; not with --PSKD"
     number("--label_smoothing", float, 0.0, 0, 0.9, text, "off")
-    parser.set_defaults(exits=False)
 
 
 def check_flags(args, fail) -> None:
@@ -45,7 +44,7 @@ def check_flags(args, fail) -> None:
         fail("argument --DML_on_output: cannot be used with --DML_as_published")
     if args.label_smoothing and args.PSKD:
         fail("argument --label_smoothing: cannot be used with --PSKD, which softens the labels itself")
-    args.exits = build_objective(args, num_samples=1, num_classes=1).uses_exits
+    args.exits = any(term.uses_exits for term in build_objective(args, num_samples=1, num_classes=1).terms)
     exits = args.num_resnet_blocks - 1
     if args.exits and not exits:
         fail("argument --num_resnet_blocks: 1 block has no exit for the losses; use 2 to 4")

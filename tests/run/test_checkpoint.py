@@ -154,7 +154,7 @@ NOT_FINITE_MOMENTUM = torch.full((4, 3, 3, 3), math.inf)
 FORGED = [  # states, and entries of them that do not fit the flags that they came with
     ("model", {"fc.weight": torch.zeros(5, 32)}),
     ("model", {"fc.weight": NOT_FINITE_WEIGHT}),
-    ("objective", {"targets.memory": torch.zeros(7, 10)}),
+    ("objective", {"soften.memory": torch.zeros(7, 10)}),
     ("optimizer", {"state": {}}),
     ("optimizer", {"state": {0: {"momentum_buffer": torch.zeros(1)}}}),
     ("optimizer", {"state": {0: {"momentum_buffer": NOT_FINITE_MOMENTUM}}}),

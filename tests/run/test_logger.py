@@ -31,7 +31,7 @@ TESTED = {"accuracy": 75.5, "multiply_adds": 130}
 def run_record(num_epochs: int = 3) -> RunRecord:
     """Of errors 30, 18 and 20 %; the second epoch is the best, the last was tested."""
     history = [from_json(EpochRecord, record(i, top1)) for i, top1 in enumerate([30.0, 18.0, 20.0])]
-    last = TestRecord(2, {"final": 2.0}, record(2, 25.0)["val"], {"final": {"ece": 1.25, "nll": 0.4}})
+    last = records.TestRecord(2, {"final": 2.0}, record(2, 25.0)["val"], {"final": {"ece": 1.25, "nll": 0.4}})
     last.early_exit = {**EARLY_EXIT, "chosen": EARLY_EXIT["chosen"] | TESTED}
     return RunRecord({}, None, history=history[:num_epochs], test={"last": last})
 
@@ -289,7 +289,7 @@ def test_report_has_blocks_of_last_test_and_best_and_a_row_for_each_classifier()
 def test_report_has_threshold_error_and_cost_of_early_exit(has_test_split, error, share):
     run = run_record()
     if not has_test_split:
-        run.test["last"] = TestRecord(2, {"final": 2.0}, early_exit=EARLY_EXIT)
+        run.test["last"] = records.TestRecord(2, {"final": 2.0}, early_exit=EARLY_EXIT)
     words = rows_of(run)[-1]
     assert words[:3] == ["last", "epoch", "(3):"]
     assert {"0.70,", error, share} <= set(words)

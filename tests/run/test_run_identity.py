@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, files, forge, read_records, read, read_checkpoint, train, val_only
+from helpers import bits, files, forge, read, read_checkpoint, read_records, train, val_only
 
 import main
 from utils import run_directory
