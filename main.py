@@ -181,13 +181,10 @@ def train(args, given: set[str], device: torch.device) -> None:
         directory.begin(run, checkpoint)
         logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
-        train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
         if checkpoint and first_epoch < args.end_epoch:
             logger.info(f"continuing from {checkpoint.file}: {first_epoch} of {args.end_epoch} epochs are done")
         notes = flags.notes(args, given, device) + loss.notes(args, given)
-        logger.start(
-            headline(args, model, loaders, run), notes, experiment_flags(vars(args)), train_loader, run.history
-        )
+        logger.start(headline(args, model, loaders, run), notes, experiment_flags(vars(args)), run.history)
 
         # training loop
         predictions = None
@@ -329,7 +326,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
         exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
         write_arrays(directory.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
     finished = dataclasses.replace(directory.run, test=test)
-    logger.finish(finished, logits[-1], labels, loaders["val"])
+    logger.finish(finished)
     seconds = statistics.median(epoch.seconds for epoch in finished.history)
     logger.info(f"{seconds:.2f} s of training per epoch (median); files: {directory.path}")
     logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(directory.path)])}")

@@ -8,7 +8,8 @@
   learning_curves  validation top-1 error per epoch
   exits            top-1 accuracy of each exit, of the final classifier and of the ensemble
   early_exit       top-1 accuracy against MACs (multiply-adds) in % of the backbone's (needs trained exits and
-                   --val_split); the baseline, which has no exits, is a line at its accuracy
+                   --val_split), of BYOT and all three methods unless --only says otherwise; the baseline, which has
+                   no exits, is a line at its accuracy
 
 All but the learning curves are of the last epoch. Reliability, risk and learning curves are of the validation split,
 which without --val_split is the test split, and need run directories; the others are of the test split, and study files
@@ -30,12 +31,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
+import figures
 from intervals import pair_runs
 from paper import ROOT
 from runs import CLASSIFIERS, COLUMNS, DAMAGED, Group, Run, change_text, load
 from tables import difference_cells
 
-from utils import figures
 from utils.errors import UserError, print_error, printable, run_command
 from utils.metrics import confidence_and_error
 from utils.parser import Parser, path_type
@@ -47,6 +48,7 @@ COLOURS = ("#332288", "#cc6677", "#44aa99", "#882255", "#88ccee", "#999933", "#a
 DASHES = (
     (5, 1.5), (1, 1), (6, 1, 1, 1), (3, 3), (6, 1, 1, 1, 1, 1), (10, 2), (2, 1), (8, 1, 3, 1), (1, 3), (4, 1, 4, 3)
 )  # fmt: skip
+EARLY_EXIT = (BASE, "BYOT", "PSKD+BYOT+DML")  # more curves cover each other
 DIFFERENCES = ("top1_error", "ece", "ece_after_T")
 CHARACTERS = 15  # in an inch
 
@@ -125,9 +127,7 @@ def early_exit(axis, found: list[tuple[np.ndarray, np.ndarray | None]], **line) 
     for _, chosen in found:
         if chosen is not None:
             axis.plot(*chosen, marker="x", markersize=6, color=line["color"])
-    text = (
-        "MACs (multiply-adds) per image, % of the backbone's\ncrosses: each run's threshold, chosen on held-out images"
-    )
+    text = "MACs (multiply-adds) per image, % of the backbone's\ncrosses: each run's threshold, from held-out images"
     axis.set(xlabel=text, ylabel="top-1 accuracy (%)")
 
 
@@ -167,7 +167,7 @@ def draw_lines(Figure, name: str, groups: list[Group], styles: dict[str, dict]):
         for group, found in in_panel:
             kind.draw(axis, found, label=textwrap.fill(group.label, 3 * CHARACTERS), **styles[group.label])
     add_legend(figure)
-    add_caption(figure, "Lines: means over seeds; bands: one standard deviation.", drawn)
+    add_caption(figure, "Lines: means over seeds; bands: one standard deviation above and below.", drawn)
     return figure
 
 
@@ -197,10 +197,8 @@ def draw_differences(Figure, groups: list[Group]):
                 is_decided = cell.half_width is not None and abs(cell.mean) > cell.half_width
                 fill = "#332288" if is_decided else "white"
                 axis.errorbar(cell.mean, y, xerr=cell.half_width, fmt="o", color="#332288", markerfacecolor=fill)
-    text = (
-        "Difference from the baseline of the same seed: mean and 95 % interval (Student's t, variance pooled over the"
-    )
-    add_caption(figure, f"{text} settings), filled where it leaves out 0.", [pairs.group for pairs in paired])
+    text = "Difference from the baseline of the same seed: mean and 95 % interval (pooled variance), filled where it"
+    add_caption(figure, f"{text} leaves out 0.", [pairs.group for pairs in paired])
     return figure
 
 
@@ -261,7 +259,11 @@ def plot(paths: list[Path], out: Path, only: list[str]) -> None:
     styles = group_styles(groups)
     with figures.drawing() as Figure:
         drawn = {"differences": draw_differences(Figure, groups)}
-        drawn |= {name: draw_lines(Figure, name, groups, styles) for name in KINDS}
+        for name in KINDS:
+            shown = (
+                [group for group in groups if group.label in EARLY_EXIT] if name == "early_exit" and not only else []
+            )
+            drawn[name] = draw_lines(Figure, name, shown or groups, styles)
         for name, figure in drawn.items():
             if figure is None:
                 continue

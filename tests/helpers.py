@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import conftest  # noqa: F401  (finds the program where a test file is run by itself)
@@ -41,11 +40,10 @@ SMALL = "--data_type synthetic --classes 10 --image_size 16 --width 4 --batch_si
 
 
 def make_small(patch: pytest.MonkeyPatch) -> None:
-    """4 training and 2 test images per synthetic class, every epoch saved however slow the disk, no pictures."""
+    """4 training and 2 test images per synthetic class, every epoch saved however slow the disk."""
     patch.setattr(synthetic, "TRAIN_PER_CLASS", 4)
     patch.setattr(synthetic, "TEST_PER_CLASS", 2)
     patch.setattr(run_directory, "SHORT_WRITE", math.inf)
-    patch.setitem(sys.modules, "matplotlib", None)
 
 
 def run(directory: Path, *words: str, flags: str = SMALL) -> int:

@@ -1,4 +1,4 @@
-"""utils/logger.py and utils/figures.py: event files, experiment.log, progress bar, results table, figures."""
+"""utils/logger.py: event files, experiment.log, progress bar; the table of results."""
 
 import io
 import shutil
@@ -14,14 +14,12 @@ from helpers import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from utils import figures, records
+from utils import records
 from utils.exports import report
 from utils.logger import Logger
-from utils.records import METRICS, DataRecord, EpochRecord, RunRecord, from_json
+from utils.records import METRICS, EpochRecord, RunRecord, from_json
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
-LABELS = torch.arange(6) % 3
-LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 
 EARLY_EXIT = {"backbone_multiply_adds": 200}
 EARLY_EXIT["chosen"] = {"threshold": 0.7, "heldout_accuracy": 71.5, "heldout_multiply_adds": 120}
@@ -37,34 +35,24 @@ def run_record(num_epochs: int = 3) -> RunRecord:
 
 
 class FakeLoader:
-    """Image i is of one colour, 10 i, and of class i mod 3."""
+    """Two batches, of four and of two images."""
 
-    batch_size, num_samples, epoch = 4, 6, 0
-    # names that are not mathtext, long, in a script that the font lacks
-    record = DataRecord(["$_$", "n" * 5000, "犬"], [], [], {})
+    num_samples, epoch = 6, 0
 
     def __iter__(self):
-        for index in torch.arange(6).split(4):
-            yield self.raw_images(index), LABELS[index], index
-
-    def raw_images(self, index):
-        colours = 10 * index[:, None, None, None]
-        return colours.expand(-1, 3, 8, 8).byte()
-
-    def denormalise(self, images):
-        return images
+        return iter(torch.arange(6).split(4))
 
 
 def log_run(directory: Path) -> EventAccumulator:
     """Log a run of three epochs, the first of which comes from a checkpoint; return its events."""
     log = Logger(directory, 3)
     run = run_record()
-    log.start("run: resnet18", ["slow"], FLAGS, FakeLoader(), run.history[:1])
+    log.start("run: resnet18", ["slow"], FLAGS, run.history[:1])
     for epoch in run.history[1:]:
         log.epoch(epoch)
-    log.finish(run, LOGITS, LABELS, FakeLoader())
+    log.finish(run)
     log.close()
-    events = EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0, "images": 0})
+    events = EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0})
     return events.Reload()
 
 
@@ -111,11 +99,6 @@ def test_what_a_run_does_not_have_is_no_scalar(logged, tag):
     assert tag not in logged.events.Tags()["scalars"]
 
 
-def test_three_figures_are_written(logged):
-    names = {"figures/training_images", "figures/predictions", "figures/mistakes"}
-    assert set(logged.events.Tags()["images"]) == names
-
-
 def test_log_file_holds_what_was_printed(logged):
     assert logged.log == logged.out
 
@@ -160,12 +143,6 @@ def test_console_and_tensorboard_show_the_six_metrics_only(logged, name):
         assert (f"{classifier}/{name}" in logged.events.Tags()["scalars"]) == metric.shown
 
 
-def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not log_run(tmp_path).Tags()["images"]
-    assert capsys.readouterr().out.count("scripts/requirements.txt") == 1
-
-
 def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path):
     log = Logger(tmp_path, 3)
     shutil.rmtree(tmp_path / "tensorboard")
@@ -202,8 +179,8 @@ def draw_bar(directory: Path | None, is_terminal: bool, monkeypatch) -> str:
     monkeypatch.setattr("tqdm.std.time", clock.__next__)  # every look at the clock is 2 s later
     meter = SimpleNamespace(num_images=0)
     meter.local_means = lambda: {"loss": 1.25, "top1_error": float(meter.num_images)}
-    for _, labels, _ in Logger(directory, 3).bar(FakeLoader(), meter):
-        meter.num_images += len(labels)
+    for batch in Logger(directory, 3).bar(FakeLoader(), meter):
+        meter.num_images += len(batch)
     return stream.getvalue()
 
 
@@ -217,51 +194,6 @@ def test_no_bar_without_a_terminal(tmp_path, monkeypatch):
 
 def test_no_bar_in_other_processes(monkeypatch):
     assert draw_bar(None, True, monkeypatch) == ""
-
-
-def sheet_of(figure) -> list[list]:
-    """Of each image of a sheet, its colour and the lines above it."""
-    found = []
-    for axis in figure.axes:
-        colour = axis.images[0].get_array()[0, 0, 0]
-        found.append([colour, *axis.get_title().split("\n")])
-    return found
-
-
-NAMES = [name[:24] for name in FakeLoader.record.class_names]
-
-
-def test_sheet_of_training_images_names_their_classes():
-    ((_, figure),) = figures.training_images(FakeLoader())
-    first, second, third = NAMES
-    assert sheet_of(figure) == [[0, first], [10, second], [20, third], [30, first]]
-
-
-@pytest.mark.filterwarnings("error:Glyph")
-def test_class_names_that_the_font_lacks_give_no_warning():
-    for _, figure in figures.training_images(FakeLoader()):
-        figure.savefig(io.BytesIO())
-
-
-def test_sheet_of_mistakes_names_true_and_predicted_class_the_most_confident_first():
-    _, (_, figure) = figures.predictions(LOGITS, LABELS, FakeLoader())
-    first, second, _ = NAMES
-    # softmax of (4, 0, 0) and of (0, 3, 0)
-    assert sheet_of(figure) == [[10, second, first, "96.5 %"], [30, first, second, "90.9 %"]]
-
-
-def test_reliability_diagram_shows_means_over_runs_of_the_bins_that_all_have():
-    first = (torch.tensor([0.95, 0.95, 0.55, 0.55]).double(), torch.tensor([1, 0, 0, 0]).double())
-    second = (torch.tensor([0.91, 0.91, 0.51, 0.05]).double(), torch.tensor([0, 0, 1, 1]).double())
-    with figures.drawing() as Figure:
-        axis = Figure().subplots()
-        figures.reliability_diagram(axis, [first, second], color="black")
-    points = axis.collections[1]
-    low, high = points.get_offsets().tolist()
-    assert low == pytest.approx([53, 50])
-    assert high == pytest.approx([93, 75])
-    small, large = points.get_sizes()
-    assert small / large == pytest.approx(3 / 4)  # 1.5 and 2 of 4 images
 
 
 def rows_of(run: RunRecord) -> list[list[str]]:
