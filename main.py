@@ -60,7 +60,7 @@ def build_parser() -> Parser:
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
         "and top-5 error, NLL, ECE and AURC. Files go to <experiments_dir>/<run_name>/. The same command run again "
         "continues where it stopped.",
-        epilog="example: python main.py --PSKD --BYOT --DML --data_type synthetic --end_epoch 2",
+        epilog="example: python main.py --BYOT --data_type synthetic --end_epoch 2",  # fits a line
         allow_abbrev=False,
     )
     for package in (loss, data, models, flags):

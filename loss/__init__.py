@@ -20,7 +20,9 @@ def add_flags(parser) -> None:
     switch("--PSKD", help="soften labels with the previous epoch's own predictions")
     switch("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
     switch("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
-    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD paper")
+    number(
+        "--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction; grows linearly to this", "PS-KD paper"
+    )
     number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher loss; labels get 1 - alpha", "paper")
     text = "BYOT: tau, which divides the logits in the teacher loss"
     number("--temperature", float, 3.0, 0.01, 1000, text, "published script")
@@ -30,7 +32,7 @@ def add_flags(parser) -> None:
     number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: first exit trained by BYOT", "paper, Table 3")
     switch("--DML_on_output", help="DML: compare logits in place of features")
     switch("--DML_as_published", help="DML: the published script's value, which has no gradient")
-    text = "divide this part of each label among all classes, in every cross-entropy; not with --PSKD"
+    text = "weight of the uniform distribution mixed into each label, in every cross-entropy; not with --PSKD"
     number("--label_smoothing", float, 0.0, 0, 0.9, text, "off")
 
 
