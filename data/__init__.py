@@ -24,18 +24,18 @@ class Dataset(NamedTuple):
     """Mean and std are of RGB in 0..1, None to measure them on the training images."""
 
     num_classes: int | None  # None: as many as the files have
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
+    mean: list[float] | None
+    std: list[float] | None
     augmentation: str  # a key of augment.KINDS
     read: Callable[[Path, ReadOptions], Images]  # as data/readers.py describes it
     stored_size: int | None = None  # pixels to which image files are brought; None: --image_size
 
 
 # The published script's; CIFAR-10's stand for both.
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-GREY = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+GREY = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
 
 def _cifar(name: str) -> Dataset:
@@ -62,17 +62,19 @@ DATASETS = {
 def add_flags(parser) -> None:
     group = parser.add_argument_group("data")
     number = partial(add_number, group)
-    text = f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
-    text += " test/<class>/*, selects on val/<class>/* where there are all three, or with --val_split reads <class>/*"
-    text += " alone; synthetic needs no files)"
-    names = {"choices": list(DATASETS), "default": "cifar100", "metavar": "NAME"}
-    add_flag(group, "--data_type", **names, help=text, also="data dataset")
+    text = (
+        f"one of {', '.join(DATASETS)} (default: %(default)s, the paper's; folder reads train/<class>/* and"
+        " test/<class>/*, selects on val/<class>/* where there are all three, or with --val_split reads <class>/*"
+        " alone; synthetic needs no files)"
+    )
+    options = {"default": "cifar100", "metavar": "NAME", "help": text}
+    add_flag(group, "--data_type", choices=list(DATASETS), also="data dataset", **options)
     text = "where data sets are or are downloaded to (default: %(default)s, below the working directory)"
     add_path(group, "--data_path", "machine", text, default="./datasets", metavar="DIR", also="data data_dir root")
     text = "pixels, a multiple of 8; an image's shorter side is resized to it, and the centre is cut out"
     number("--image_size", int, 32, 16, 512, text, "paper")
-    text, reason = "threads for decoding image files", "used only at the first start"
-    number("--workers", int, 8, 0, 1024, text, reason, kind="machine", also="num_workers")
+    text = "threads for decoding image files"
+    number("--workers", int, 8, 0, 1024, text, "used only at the first start", kind="machine", also="num_workers")
     number("--classes", int, None, 2, 10**6, "use only the first N classes, in the data set's order", "all")
     text = "use at most N training images, the first of each class, after --val_split"
     number("--limit_train", int, None, 1, 10**9, text, "all")
@@ -91,11 +93,10 @@ def check_flags(args: Namespace, fail) -> None:
 
 
 def build_loaders(args: Namespace, device: torch.device | str, split: str | None = None):
-    """(training loader, validation loader); with a split's name, its loader alone, `test` being `val` where validation
-    is the test split. Raises as `load_splits`."""
+    """(training loader, validation loader); with a split's name, its loader alone, `test` being `val` where there is no
+    other. Raises as `load_splits`."""
     loaders = load_splits(args, device)
-    if not loaders["val"].record.selects_on_val:
-        loaders["test"] = loaders["val"]
+    loaders.setdefault("test", loaders["val"])
     return loaders[split] if split else (loaders["train"], loaders["val"])
 
 
@@ -135,7 +136,10 @@ def load_splits(args: Namespace, device: torch.device | str, record: DataRecord 
     images = distributed.local_rank_0_first(read)
     _check_images(args, images)
     splits, class_names = _select_classes(args, images)
-    if record is not None and (changes := _class_differences(record.class_names, class_names)):
+    if record is not None and record.class_names != class_names:
+        missing = [name for name in record.class_names if name not in class_names]
+        new = [name for name in class_names if name not in record.class_names]
+        changes = f"missing: {first_names(missing) or 'none'}; new: {first_names(new) or 'none'}"
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
     if dataset.stored_size is not None:  # its pixels are compared, whatever files they come from
         splits = {name: part._replace(file_digests=None) for name, part in splits.items()}
@@ -147,16 +151,14 @@ def load_splits(args: Namespace, device: torch.device | str, record: DataRecord 
 
     if args.val_only:
         splits.pop("train", None)
-    for name, part in splits.items():
-        limit = args.limit_train if name == "train" else args.limit_val
-        splits[name] = part.first_of_each_class(limit)
-        facts[name] = _record_of(splits[name])
-    found = DataRecord(list(class_names), list(mean), list(std), facts)
-
+    found = DataRecord(list(class_names), mean, std, facts)
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
     loaders = {}
     for name, part in splits.items():
-        options = training if name == "train" else {}
+        is_train = name == "train"
+        part = part.first_of_each_class(args.limit_train if is_train else args.limit_val)
+        facts[name] = _record_of(part)
+        options = training if is_train else {}
         loaders[name] = Loader(part, found, args.image_size, torch.device(device), **options)
     return loaders
 
@@ -172,14 +174,12 @@ def _check_images(args: Namespace, images: Images) -> None:
     expected = DATASETS[args.data_type].num_classes or num_classes
     if num_classes != expected:
         problem = f"{num_classes} class names in place of {expected}"
-    if "test" not in images.splits and args.val_split is None:
-        problem = "no test split"
     for split, (pixels, labels, _) in images.splits.items():
         num, side, *_ = pixels.shape
-        if pixels.dtype != np.uint8 or pixels.shape != (num, side, side, 3):
-            problem = f"{split} images {pixels.dtype} {pixels.shape} in place of uint8 (M, S, S, 3)"
-        elif labels.dtype != np.int64 or labels.shape != (num,):
-            problem = f"{split} labels {labels.dtype} {labels.shape} in place of int64 ({num},)"
+        found = pixels.dtype, pixels.shape, labels.dtype, labels.shape
+        if found != (np.uint8, (num, side, side, 3), np.int64, (num,)):
+            arrays = f"{split} images {pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape}"
+            problem = f"{arrays} in place of uint8 (M, S, S, 3) and int64 (M,)"
         elif not set(labels.tolist()) <= set(range(num_classes)):
             problem = f"{split} labels from {labels.min()} to {labels.max()} for {num_classes} class names"
     if problem:
@@ -193,7 +193,7 @@ def _record_of(split: Split) -> SplitRecord:
 def _select_classes(args: Namespace, images: Images) -> tuple[dict[str, Split], list[str]]:
     """The splits, and the names of the classes, after --classes. Nothing is copied without."""
     splits, class_names, num = images.splits, images.class_names, args.classes
-    if num is None or num == len(class_names):
+    if num is None:
         return dict(splits), class_names
     if num > len(class_names):
         raise UserError(f"--classes {num}: {args.data_type} has {len(class_names)} classes")
@@ -210,9 +210,9 @@ def _divide(args: Namespace, splits: dict[str, Split], class_names: list[str], r
             raise UserError(f"--val_split: {args.data_path} has validation images of its own: leave the flag out")
         train = splits["train"]
         held_out = hold_out(train.labels, args.val_split, args.seed)
-        whole = np.setdiff1d(train.labels, train.labels[held_out])
-        if len(whole) == len(class_names):
+        if not held_out.any():
             raise UserError(f"--val_split {args.val_split}: no class has two images")
+        whole = np.setdiff1d(train.labels, train.labels[held_out])
         if len(whole):
             names = first_names([class_names[label] for label in whole])
             note(f"--val_split holds out no image of classes that have only one: {names}")
@@ -245,17 +245,6 @@ def check_same_images(before: DataRecord, now: DataRecord, source) -> None:
         )
 
 
-def _class_differences(before: list[str], now: list[str]) -> str:
-    """In words; empty where the classes are the same in the same order."""
-    if before == now:
-        return ""
-    changes = []
-    for what, here, there in (("missing", before, now), ("new", now, before)):
-        if names := [name for name in here if name not in there]:
-            changes.append(f"{what}: {first_names(names)}")
-    return "; ".join(changes) or "their order"
-
-
 def build_transform(args: Namespace, num_classes: int) -> Callable | None:
     """What changes a training batch before the step: `transform(images (N, 3, S, S), labels (N,)) -> (images, soft
     labels (N, K))`, or None, which leaves batches as they are. The place for MixUp and CutMix.
@@ -267,7 +256,7 @@ def build_transform(args: Namespace, num_classes: int) -> Callable | None:
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of RGB in 0..1 over the pixels of images (M, H, W, 3) uint8."""
-    num_pixels = images[..., 0].size
+    num_pixels = images.size / 3
     mean = np.einsum("mhwc -> c", images, dtype=np.float64) / num_pixels / 255
     square = np.einsum("mhwc, mhwc -> c", images, images, dtype=np.float64) / num_pixels / 255**2
     variance = np.maximum(square - mean**2, 1e-4)  # of images of one colour it would be 0

@@ -39,10 +39,7 @@ def crop(images: Tensor, draws: Tensor, size: int) -> Tensor:
     columns = left + torch.where(flip.bool(), mirrored, position)
     image = torch.arange(len(images), device=images.device)
     # (N, S, S) positions in `padded`
-    image = image[:, None, None]
-    rows = rows[:, :, None]
-    columns = columns[:, None, :]
-    return padded[image, rows, columns]
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def draw_boxes(num: int, height: int, width: int, generator: Generator) -> Tensor:
@@ -56,20 +53,16 @@ def draw_boxes(num: int, height: int, width: int, generator: Generator) -> Tenso
     narrowest, widest = RATIO
     log_ratio = math.log(narrowest) + math.log(widest / narrowest) * ratio
     ratio = torch.exp(log_ratio)
-    box_height = (area / ratio).sqrt().round()
-    box_width = (area * ratio).sqrt().round()
+    sizes = torch.stack([area / ratio, area * ratio], dim=2)
+    sizes = sizes.sqrt().round()
 
     # the first of them that fits, anywhere in the image
-    fits_height = (box_height > 0) & (box_height <= height)
-    fits_width = (box_width > 0) & (box_width <= width)
-    fits = fits_height & fits_width
-    first = fits.byte().argmax(dim=1, keepdim=True)
-    box_height = box_height.gather(1, first)
-    box_width = box_width.gather(1, first)
-    size = torch.cat([box_height, box_width], dim=1)
     image_size = torch.tensor([height, width])
-    margin = image_size - size
-    corner = uniform(num, 2) * (margin + 1)
+    fits = (sizes > 0) & (sizes <= image_size)
+    fits = fits.all(dim=2)
+    first = fits.byte().argmax(dim=1)
+    size = sizes[torch.arange(num), first]
+    corner = uniform(num, 2) * (image_size - size + 1)
     corner = corner.floor()
 
     # or the largest central box

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import launch
-from utils.errors import UserError, first_line, printable, tell
+from utils.errors import UserError, first_line, first_names, printable, tell
 from utils.files import write_atomic
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -67,8 +67,8 @@ class Decoded(NamedTuple):
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The image files in a folder and below it, sorted by folder, then name; and the other files, hidden ones and
-    those whose suffix is not an image's.
+    """The image files in a folder and below it, sorted by folder, then name; and the other files but for caches, hidden
+    ones and those whose suffix is not an image's.
 
     Raises:
         UserError: the folder or one below it cannot be read; names it.
@@ -85,12 +85,14 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
             continue
         seen.add(where)
         folders.sort()
-        for name in names:
-            path = os.path.join(parent, name)
-            is_hidden = "/." in path.removeprefix(str(folder))
-            is_image = Path(name).suffix.lower() in SUFFIXES
-            (images if is_image and not is_hidden else others).append(path)
-    return sorted(images, key=os.path.split), sorted(others, key=os.path.split)
+        for name in sorted(names):
+            path = f"{parent}/{name}"
+            _, suffix = os.path.splitext(name)
+            if suffix.lower() in SUFFIXES and "/." not in path.removeprefix(str(folder)):
+                images.append(path)
+            elif not is_cache(name):
+                others.append(path)
+    return images, others
 
 
 def note_skipped(folder: str | Path, others: list[str]) -> None:
@@ -134,7 +136,9 @@ def _decode_file(path: str | Path, size: int | None) -> tuple[np.ndarray, np.nda
             image.load()  # also what stands behind the pixels, where the EXIF record may be
             if image.mode.startswith("I"):  # conversion would cut it off at level 255
                 raise UserError(f"{path} is a 16-bit grey PNG: convert it to 8 bits")
-            turn = UPRIGHT.get(_orientation(image))
+            turn = None
+            with contextlib.suppress(Exception):  # Pillow's parsers raise half a dozen types for a damaged EXIF record
+                turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
             image = image.convert("RGB")
         if turn is not None:
             image = image.transpose(turn)
@@ -163,20 +167,11 @@ def _describing(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path} is not an intact JPEG, PNG or WebP image ({first_line(e)})") from None
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1, upright, where there is no EXIF record or a damaged one."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise half a dozen types
-        return 1
-
-
 def _fit(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     width, height = image.width * size // side, image.height * size // side
     if width * height > 2 * Image.MAX_IMAGE_PIXELS:
-        text = f"{image.width} x {image.height} pixels are too long and narrow"
-        raise Image.DecompressionBombError(text)
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too long and narrow")
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
@@ -194,7 +189,8 @@ def load_images(folder: Path, split: str, files: list[str], options: ReadOptions
     facts = [VERSION, options.size]
     for file in files:
         info = os.stat(file)
-        facts.append((os.path.relpath(file, folder), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+        name = file.removeprefix(str(folder)).lstrip("/")
+        facts.append((name, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     key = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
     path = folder / f"decoded-{split}-{key}.npz"
     # Missing, or damaged, for which every part of the format has an exception of its own: made again.
@@ -215,9 +211,8 @@ def is_cache(name: str) -> bool:
 
 def _write_cache(path: Path, decoded: Decoded) -> None:
     """In place of the split's earlier ones, which were made of other files, or of the same in other sizes."""
-    if launch.WORLD.is_local_main:
-        megabytes = decoded.images.nbytes / 1e6
-        tell(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
+    megabytes = decoded.images.nbytes / 1e6
+    note(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
     try:
         write_atomic(path, lambda file: np.savez(file, **decoded._asdict()))
         for earlier in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
@@ -228,10 +223,10 @@ def _write_cache(path: Path, decoded: Decoded) -> None:
 
 
 def _decode(files: list[str], options: ReadOptions) -> Decoded:
-    """Raises UserError, which names the first ten files that are not images."""
+    """Raises UserError, which names the first files that are not images."""
     num, size = len(files), options.size
-    images = np.empty((num, size, size, 3), dtype=np.uint8)
-    decoded = Decoded(images, np.empty((num, 16), dtype=np.uint8), np.empty(num, dtype=np.int64))
+    images = np.empty((num, size, size, 3), np.uint8)
+    decoded = Decoded(images, np.empty((num, 16), np.uint8), np.empty(num, np.int64))
     rows = iter(range(num))  # which the threads share
     errors = {}
 
@@ -259,7 +254,6 @@ def _decode(files: list[str], options: ReadOptions) -> Decoded:
         for other in others:
             other.result()
     if errors:
-        named = "; ".join(errors[row] for row in sorted(errors)[:10])
-        more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise UserError(named + more)
+        named = first_names([errors[row] for row in sorted(errors)])
+        raise UserError(f"{named} ({len(errors)} of {num} files)")
     return decoded

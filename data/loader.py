@@ -86,16 +86,13 @@ class Loader:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        shard = distributed.shard(self.num_samples)
-        num = self.num_samples if self.augmentation else shard.stop - shard.start
-        return max(1, -(-num // self.batch_size))  # more processes than images: an empty batch tells the shapes
+        return len(self._plan())
 
     def _plan(self) -> list[torch.Tensor]:
         """This process's shard of each batch, (N, 1 + C) int64: rows, and the random numbers of augmentation."""
         if self.augmentation is None:
-            shard = distributed.shard(self.num_samples)
-            rows = torch.arange(shard.start, shard.stop)[:, None]
-            return list(rows.split(self.batch_size))
+            rows = torch.arange(self.num_samples)[distributed.shard(self.num_samples)]  # none: one empty batch
+            return list(rows[:, None].split(self.batch_size))
         draw, _ = augment.KINDS[self.augmentation]
         random = generator(self.seed, f"epoch {self.epoch}")
         order = torch.randperm(self.num_samples, generator=random)

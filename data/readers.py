@@ -5,13 +5,13 @@ Every reader is `read(root, options) -> Images`: `root` is `--data_path`, the op
 """
 
 import contextlib
+import glob
 import hashlib
 import io
-import itertools
+import operator
 import os
 import tempfile
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,63 +65,46 @@ class Split(NamedTuple):
         return digest.hexdigest()
 
 
-class Samples(NamedTuple):
-    """Image files and their labels."""
-
-    files: list[str]
-    labels: list[int]
-
-
 class Images(NamedTuple):
     """A data set: those of its splits `train`, `val` and `test` that there are and that were to be read, `val` only
     beside a `test`; and the classes' names in the labels' order."""
 
     splits: dict[str, Split]
     class_names: list[str]
+    side: float | None = None  # of image files: the median of their shorter sides, pixels
+
+
+Sample = tuple[str, str]  # class, image file
 
 
 def read_cifar(name: str, root: Path, options: ReadOptions) -> Images:
     """CIFAR-10 or CIFAR-100, 50,000 training and 10,000 test images (M, 32, 32, 3), from torchvision's files or, where
-    those are missing, from folders of classes, whose sorted names are its label order; else downloaded.
+    those are missing, from folders of classes, whose sorted names are its label order; else downloaded. A test split
+    alone may be another one of its classes.
 
     name: "CIFAR10" or "CIFAR100", as torchvision calls them.
 
     Raises:
-        UserError: damaged files by name, files that are missing and cannot be fetched, or folders of something else.
+        UserError: files that are missing or damaged and cannot be fetched, or folders of something else.
     """
     from torchvision import datasets  # here: importing it takes as long as PyTorch, and --help does not need it
 
     kind = getattr(datasets, name)
-    folder, archive = root / kind.base_folder, root / kind.filename
     has_folders = (root / "train").is_dir() or (root / "test").is_dir()
-    if has_folders and not folder.is_dir():
+    if has_folders and not (root / kind.base_folder).is_dir():
         images = read_folder(root, options)
-        _check_is_cifar(name, root, images)
+        counts = {split: len(part.labels) for split, part in images.splits.items()}
+        is_complete = counts == CIFAR_IMAGES or "train" not in counts
+        if not is_complete or (len(images.class_names), images.side) != (CIFAR_CLASSES[name], 32):
+            raise UserError(f"{root} is not {name}, in number or size of images or in classes: use --data_type folder")
         return images
-    checksums = {folder / name: md5 for name, md5 in kind.train_list + kind.test_list}
-    checksums |= {folder / kind.meta["filename"]: kind.meta["md5"], archive: kind.tgz_md5}
     splits = {}
     names = ("train", "test") if options.train else ("test",)
-    with _fetching(archive, checksums, options.val_only):
+    with _fetching(root / kind.filename, options):
         for split in names:
             part = kind(root, train=split == "train", download=not options.val_only)
-            pixels = np.ascontiguousarray(part.data)
-            labels = np.array(part.targets)
-            splits[split] = Split(pixels, labels)
+            splits[split] = Split(np.ascontiguousarray(part.data), np.array(part.targets))
     return Images(splits, part.classes)
-
-
-def _check_is_cifar(name: str, root: Path, images: Images) -> None:
-    """Raises UserError where a folder of classes is not this data set; a test split alone may be another one of its
-    classes."""
-    facts = [("classes", len(images.class_names), CIFAR_CLASSES[name])]
-    if "train" in images.splits:
-        for split, num in CIFAR_IMAGES.items():
-            part = images.splits.get(split)
-            facts.append((f"{split} images", len(part.labels) if part else 0, num))
-    for what, found, expected in facts:
-        if found != expected:
-            raise UserError(f"{root} is not {name}, for it has {found} {what}, not {expected}; use --data_type folder")
 
 
 def read_folder(root: Path, options: ReadOptions) -> Images:
@@ -135,21 +118,15 @@ def read_folder(root: Path, options: ReadOptions) -> Images:
             files that are not images.
     """
     folders = _find_splits(root, options)
-    classes = {split: _list_classes(folder) for split, folder in folders.items()}
+    samples, others = {}, []
+    for split, folder in folders.items():
+        samples[split], skipped = _list_samples(folder)
+        others += skipped
     if "test" not in folders and not options.holds_out:
         remedy = ", or give --val_split to hold out a part of the training images" if options.train else ""
         raise UserError(f"{root} has no folder test/ or val/ with folders of images: add one{remedy}")
-    for here, there in itertools.permutations(folders, 2):
-        if missing := [name for name in classes[here] if name not in classes[there]]:
-            names = first_names(missing)
-            raise UserError(f"{folders[there]} lacks classes that {folders[here]} has: {names}")
-    samples, others = {}, []
-    for split, folder in folders.items():
-        samples[split], skipped = _list_samples(folder, classes[split])
-        others += skipped
     note_skipped(root, others)
-    class_names = list(next(iter(classes.values())))
-    return _load(root, class_names, samples, options)
+    return _load(root, samples, options)
 
 
 def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
@@ -158,51 +135,47 @@ def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
         raise UserError(f"{root} is not a directory: give one to --data_path")
     found = {}
     for name in ("train", "test", *VALIDATION):
-        if (root / name).is_dir():
+        if _subfolders(root / name):
             found.setdefault("val" if name in VALIDATION else name, root / name)
-    if "test" in found and not _subfolders(found["test"]) and ("val" in found or options.holds_out):
-        note(f"{found.pop('test')} holds no folder of images: there is no test split")
     if "val" in found and "test" not in found:
         found["test"] = found.pop("val")
-    if not options.train:
-        found.pop("train", None)
-    elif not found:
+    if not found and options.train:
         return {"train": root}  # one folder of classes
-    elif "train" not in found and not options.val_only:
-        raise UserError(f"{root} has a folder {found['test'].name}/ but none of the name train/")
-    used = {"train", "test", *(folder.name for folder in found.values())}
+    used = {folder.name for folder in found.values()}
     others = {name for name in os.listdir(root) if name[0] != "." and not is_cache(name)} - used
     if others:
         note(f"not used: {first_names(sorted(others))} in {root}")
+    if not options.train:
+        found.pop("train", None)
+    elif "train" not in found and not options.val_only:
+        raise UserError(f"{root} has a folder {found['test'].name}/ of classes but no train/")
     return found
 
 
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """The subfolders of `folder` by the class that they are, sorted. One class may have several, of one name that
-    Unicode writes in several ways."""
-    names = [(unicodedata.normalize("NFC", name), name) for name in _subfolders(folder)]
-    classes = {}
-    for class_name, name in sorted(names):
-        classes.setdefault(class_name, []).append(folder / name)
-    splits = [name for name in classes if name.lower() in SPLITS]
-    if not classes:
-        raise UserError(f"{folder} holds no folder of images: it must be {folder}/<class>/<image>")
-    if len(splits) > 1:  # one may be a class, as CIFAR-100's train is
-        names = ", ".join(splits)
-        raise UserError(f"{folder} holds {names} in place of classes: name them train and test, or give one of them")
-    if len(classes) == 1:
-        [name] = classes
-        inner = " (are the folders in it the classes? move them up)" if _subfolders(folder / name) else ""
-        raise UserError(f"{folder} holds one class, {name}{inner}: it must be {folder}/<class>/<image>")
-    return classes
-
-
 def _subfolders(folder: Path) -> list[str]:
-    """Names, without hidden ones."""
-    try:
-        return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError as e:
-        raise UserError(f"{folder} cannot be read ({e.strerror})") from None
+    """Names, with a slash behind each; without hidden ones."""
+    return glob.glob("*/", root_dir=folder)
+
+
+def _list_samples(folder: Path) -> tuple[list[Sample], list[str]]:
+    """The images in subfolders of `folder`, whose names are the classes, sorted; and the files left out."""
+    images, others = list_images(folder)
+    samples = []
+    for image in images:
+        name, _, file = image.removeprefix(f"{folder}/").partition("/")
+        if file:
+            samples.append((unicodedata.normalize("NFC", name), image))
+        else:
+            others.append(image)
+    samples.sort(key=operator.itemgetter(0))  # one class may have several folders, of names that look alike
+    classes = sorted({name for name, _ in samples})
+    splits = [name for name in classes if name.lower() in SPLITS]
+    if len(classes) < 2 or len(splits) > 1:  # one may be a class, as CIFAR-100's train is
+        raise UserError(
+            f"{folder} holds {first_names(splits or classes) or 'no folder of images'} in place of several classes: it"
+            f" must be {folder}/<class>/<image>; move folders of classes up, and name splits train, val and test"
+        )
+    return samples, others
 
 
 def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
@@ -224,58 +197,51 @@ def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
     is_folder = root.name == name or (root / "wnids.txt").exists()
     folder = root if is_folder else root / name
     archive = folder.with_name(f"{name}.zip")
-    if not folder.is_dir():
-        with _fetching(archive, {archive: TINY_IMAGENET_MD5}, options.val_only):
-            if options.val_only:
-                raise FileNotFoundError
+    if not folder.is_dir() and not options.val_only:
+        with _fetching(archive, options):
             from torchvision.datasets.utils import download_and_extract_archive
 
+            archive.parent.mkdir(parents=True, exist_ok=True)
             # Renamed when complete, so that a folder of that name is never half of one.
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as unpacked:
+            with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{name}-") as unpacked:
                 download_and_extract_archive(
-                    TINY_IMAGENET_URL, folder.parent, unpacked, archive.name, TINY_IMAGENET_MD5
+                    TINY_IMAGENET_URL, archive.parent, unpacked, archive.name, TINY_IMAGENET_MD5
                 )
                 os.rename(Path(unpacked) / name, folder)
 
-    remedy = f"unpack {archive.name} again"
-    classes = _list_classes(folder / "train")
-    class_ids = list(classes)
-    if len(class_ids) != TINY_IMAGENET_CLASSES:
-        raise UserError(f"{folder / 'train'} has {len(class_ids)} classes, not {TINY_IMAGENET_CLASSES}: {remedy}")
-    samples, val = {}, folder / "val"
-    train, others = _list_samples(folder / "train", classes)
+    train, val = folder / "train", folder / "val"
+    num = len(_subfolders(train))
+    if num != TINY_IMAGENET_CLASSES:
+        raise UserError(f"{train} has {num} classes, not {TINY_IMAGENET_CLASSES}: unpack {archive.name} again")
+    samples = {}
     if options.train:
-        samples["train"] = train
-    if (val / class_ids[0]).is_dir():
-        samples["test"], skipped = _list_samples(val, {name: [val / name] for name in class_ids})
+        samples["train"], _ = _list_samples(train)
+    if len(_subfolders(val)) > 1:
+        samples["test"], _ = _list_samples(val)
     else:
-        samples["test"], skipped = _read_annotations(val, class_ids, remedy)
-    annotations = ("_boxes.txt", "val_annotations.txt")
-    note_skipped(folder, [file for file in others + skipped if not file.endswith(annotations)])
-    return _load(folder, _read_words(folder / "words.txt", class_ids), samples, options)
+        samples["test"] = _read_annotations(val)
+    images = _load(folder, samples, options)
+    return images._replace(class_names=_read_words(folder / "words.txt", images.class_names))
 
 
-def _read_annotations(folder: Path, class_ids: list[str], remedy: str) -> tuple[Samples, list[str]]:
-    """Tiny-ImageNet's validation images, in the order of `val_annotations.txt`, and the files beside them.
+def _read_annotations(folder: Path) -> list[Sample]:
+    """Tiny-ImageNet's validation images, in the order of `val_annotations.txt`.
 
     Raises:
-        UserError: the annotations are damaged, or do not list each image once; names an image.
+        UserError: the annotations are damaged, or do not list the images that are there; names an image.
     """
     annotations = folder / "val_annotations.txt"
-    files, labels = [], []
+    classes = {}
     try:
         for line in annotations.read_text().splitlines():
             file, class_id = line.split("\t")[:2]
-            files.append(str(folder / "images" / file))
-            labels.append(class_ids.index(class_id))
+            classes[str(folder / "images" / file)] = class_id
     except (OSError, ValueError) as e:
-        raise UserError(f"{annotations} is damaged ({first_line(e)}): {remedy}") from None
-    images, others = list_images(folder / "images")
-    listed, there = Counter(files), Counter(images)
-    if odd := (listed - there) | (there - listed):
-        number = f" (one of {len(odd)})" if len(odd) > 1 else ""
-        raise UserError(f"{min(odd)}{number} must be there, and be listed in {annotations}, once: {remedy}")
-    return Samples(files, labels), others
+        raise UserError(f"{annotations} is damaged ({first_line(e)}): unpack the archive again") from None
+    images, _ = list_images(folder / "images")
+    if odd := classes.keys() ^ set(images):
+        raise UserError(f"{min(odd)} must be there, and be listed in {annotations}: unpack the archive again")
+    return [(class_id, file) for file, class_id in classes.items()]
 
 
 def _read_words(path: Path, class_ids: list[str]) -> list[str]:
@@ -288,59 +254,40 @@ def _read_words(path: Path, class_ids: list[str]) -> list[str]:
     return [names.get(class_id) or class_id for class_id in class_ids]
 
 
-def _list_samples(folder: Path, classes: dict[str, list[Path]]) -> tuple[Samples, list[str]]:
-    """The images of the classes in `folder`, sorted by name; and all files left out."""
-    others = sorted(entry.path for entry in os.scandir(folder) if not entry.is_dir() and not is_cache(entry.name))
-    samples = Samples([], [])
-    for label, folders in enumerate(classes.values()):
-        for of_class in folders:
-            images, skipped = list_images(of_class)
-            if not images:
-                raise UserError(f"{of_class} holds no image")
-            samples.files.extend(images)
-            samples.labels.extend([label] * len(images))
-            others += skipped
-    return samples, others
-
-
-def _load(folder: Path, class_names: list[str], samples: dict[str, Samples], options: ReadOptions) -> Images:
+def _load(root: Path, samples: dict[str, list[Sample]], options: ReadOptions) -> Images:
+    """Raises UserError where a class is in one split only."""
     splits, sides = {}, []
-    for name, part in samples.items():
-        decoded = load_images(folder, name, part.files, options)
-        splits[name] = Split(decoded.images, np.array(part.labels), decoded.file_digests)
-        sides.extend(decoded.sides)
-    size, side = options.size, np.median(sides)
+    classes = {split: {name for name, _ in part} for split, part in samples.items()}
+    every = set().union(*classes.values())
+    for split, found in classes.items():
+        if found != every:
+            missing = first_names(sorted(every - found))
+            raise UserError(f"the {split} images in {root} lack classes of another split: {missing}")
+    labels = {name: label for label, name in enumerate(sorted(every))}
+    for split, part in samples.items():
+        decoded = load_images(root, split, [file for _, file in part], options)
+        splits[split] = Split(decoded.images, np.array([labels[name] for name, _ in part]), decoded.file_digests)
+        sides.append(decoded.sides)
+    size, side = options.size, np.median(np.concatenate(sides))
     if side > 2 * size:
-        note(f"images in {folder} are brought to {size} x {size} pixels; half are {side:.0f} or more high and wide")
-    return Images(splits, class_names)
+        note(f"images in {root} are brought to {size} x {size} pixels; half are {side:.0f} or more high and wide")
+    return Images(splits, list(labels), side)
 
 
 @contextlib.contextmanager
-def _fetching(archive: Path, checksums: dict[Path, str], read_only: bool) -> Iterator[None]:
-    """Around torchvision's downloads, which print, and raise a dozen types for network, disk and archive.
+def _fetching(archive: Path, options: ReadOptions) -> Iterator[None]:
+    """Around torchvision's downloads, which print, verify checksums, and raise a dozen types for network, disk and
+    archive.
 
     Raises:
-        UserError: for all of them; the files whose checksum is wrong, and the remedy, the archive by hand.
+        UserError: for all of them; the remedy, the archive by hand.
     """
-    folder = archive.parent
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except Exception as e:
-        from torchvision.datasets.utils import check_integrity
-
-        found = {path: md5 for path, md5 in checksums.items() if path.exists()}
-        damaged = [str(path) for path, md5 in found.items() if not check_integrity(path, md5)]
-        problem = f"{folder} lacks files of the data set"
-        if damaged:
-            problem = f"the checksum of {', '.join(damaged)} is wrong"
-        reason = "--val_only downloads nothing" if read_only else first_line(e)
+        reason = "--val_only downloads nothing" if options.val_only else first_line(e)
         raise UserError(
-            f"{problem}, and {archive.name} could not be fetched ({reason}): put that file into {folder}, or use"
-            " --data_type synthetic, which needs no files"
+            f"{archive.parent} lacks files of the data set, or they are damaged, and {archive.name} could not be"
+            f" fetched ({reason}): put that file there, or use --data_type synthetic, which needs no files"
         ) from None
-    finally:
-        for path in missing:  # leave no empty folder behind
-            with contextlib.suppress(OSError):
-                path.rmdir()

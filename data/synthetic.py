@@ -43,10 +43,8 @@ def _draw(labels: np.ndarray, random: np.random.RandomState) -> Split:
     hue, width = np.divmod(labels[:, None, None, None], WIDTHS)
 
     # rings around a centre that may lie anywhere in the middle half
-    grid = np.arange(SIZE, dtype=np.float32)
-    rows = grid[None, :, None, None] - uniform(8, 24)
-    columns = grid[None, None, :, None] - uniform(8, 24)
-    distance = np.hypot(rows, columns)
+    _, rows, columns, _ = np.indices((1, SIZE, SIZE, 1), dtype=np.float32, sparse=True)
+    distance = np.hypot(rows - uniform(8, 24), columns - uniform(8, 24))
     ring_width = width + uniform(-0.3, 0.3)
     wavelength = 3 * 1.2**ring_width  # pixels, 3 to 16
     phase = uniform(0, 2 * np.pi)
