@@ -169,7 +169,8 @@ def train(args, given: set[str], device: torch.device) -> None:
         if checkpoint and is_finished(directory.path, checkpoint, args):
             directory.run = checkpoint.run
             directory.export("finished")
-            tell(f"{directory.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
+            if launch.WORLD.is_main:
+                tell(f"{directory.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
         model, network, step, states = build_training(args, device, train_loader, checkpoint)
@@ -405,8 +406,8 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
     if run.data.selects_on_val:
-        name = "train_and_val" if "train_and_val" in run.data.splits else "val"  # the former is not cut by --limit_val
-        if "val" not in loaders or loaders["val"].record.splits.get(name) != run.data.splits[name]:
+        held_out_of = run.data.splits.get("train_and_val")  # None where the images are not training images
+        if "val" not in loaders or loaders["val"].record.splits.get("train_and_val") != held_out_of:
             split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other validation images than {file} was selected on")

@@ -1,6 +1,7 @@
 """A run's checkpoint -> a network ready to use; any file of weights -> a network to train."""
 
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import models
 from models.exits import MultiExitNetwork
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_states, reading
-from utils.errors import UserError, first_line
+from utils.errors import UserError
 from utils.records import best_epoch
 
 
@@ -32,10 +33,14 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitNetwork, dict]:
         UserError: the checkpoint is missing or damaged, or BEST is not of the run's best epoch.
     """
     file = Path(path) / {"last": LAST, "best": BEST}[epoch]
+    if not file.exists():
+        raise UserError(f"{file} is missing: {path} must be a run directory")
     checkpoint = load_checkpoint(file)
     run = checkpoint.run
-    if epoch == "best" and best_epoch(run.history).epoch != checkpoint.epoch:
-        raise UserError(f"{file} is of epoch {checkpoint.epoch + 1}, which is not the best of its run")
+    if epoch == "best":
+        history = load_checkpoint(file.with_name(LAST)).run.history
+        if run.history != history[: best_epoch(history).epoch + 1]:
+            raise UserError(f"{file} is not of the best epoch of the run in {path}")
     with reading(file):
         parser = argparse.ArgumentParser()
         models.add_flags(parser)
@@ -58,12 +63,18 @@ def read_weights(path: str) -> tuple[str, dict[str, Tensor]]:
     file = Path(path, LAST) if os.path.isdir(path) else Path(path)
     try:
         if not os.path.isfile(file):  # a pipe or a device could be read for ever
-            raise ValueError("no such regular file")
+            raise FileNotFoundError(errno.ENOENT, "no such regular file")
         content = file.read_bytes()
         entries = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        tensors = {name: entry for name, entry in entries.get("model", entries).items() if torch.is_tensor(entry)}
-    except Exception as e:  # unpickling a foreign file can raise anything
-        raise UserError(f"{file} holds no weights ({first_line(e)})") from None
+        entries = entries.get("model", entries)
+        # counts of batches, which BatchNorm does not use here, are no weights
+        tensors = {name: entry for name, entry in entries.items() if torch.is_tensor(entry) and entry.ndim > 0}
+    except OSError as e:
+        raise UserError(f"{file} cannot be read ({e.strerror})") from None
+    except Exception:  # unpickling a foreign file can raise anything
+        raise UserError(
+            f"{file} holds no checkpoint and no state_dict, as torch.save(model.state_dict(), FILE) writes it"
+        ) from None
     return hashlib.sha256(content).hexdigest()[:16], tensors
 
 
@@ -75,10 +86,10 @@ def load_weights(model: nn.Module, path: str) -> str:
         UserError: there are none, or the file cannot be read.
     """
     _, found = read_weights(path)
-    own = model.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim > 0}
     taken = {name: tensor for name, tensor in found.items() if name in own and tensor.shape == own[name].shape}
     if not taken:
         raise UserError(f"{path}: none of its {len(found)} tensors has name and shape of one of this network's")
-    model.load_state_dict(own | taken)
+    model.load_state_dict(taken, strict=False)
     rest = dict.fromkeys(name.partition(".")[0] for name in own if name not in taken)
     return f"{len(taken)} of {len(own)} tensors are from {path}; initial weights in: {', '.join(rest) or 'none'}"

@@ -49,10 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         export(args.run, args.epoch, args.out)
-    except (UserError, OSError, ImportError) as e:
+    except ImportError as e:
+        print_error(f"{e}: pip install onnx onnxscript")
+    except (UserError, OSError) as e:
         print_error(str(e))
-        return 1
-    return 0
+    else:
+        return 0
+    return 1
 
 
 def export(run: Path, epoch: str, out: Path) -> None:
@@ -68,6 +71,7 @@ def export(run: Path, epoch: str, out: Path) -> None:
         write_atomic(out, lambda file: torch.export.save(program, file))
     facts = {name: info[name] for name in ("class_names", "mean", "std", "image_size", "temperatures")}
     write_json(out.with_suffix(".json"), {"input": INPUT, "stored_size": stored_size(info["args"])} | facts)
+    print(f"written: {out}, {out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Classify image files with a trained run, stopping at the first exit that is confident enough.
 
 Prints per image the class, its confidence, which classifier decided, and the multiply-adds that it took as a share of
-the backbone's. Confidence is after each classifier's temperature, fitted where the run had --val_split. A folder
-stands for the images in it and below, hidden ones left out. Images are prepared as those that the run was trained on.
-A file that is not an image gives one line, and the others continue.
+the backbone's. Confidence is after each classifier's temperature, fitted where the run had validation images beside a
+test split, or --val_split. A folder stands for the images in it and below, hidden ones left out. Images are prepared as
+those that the run was trained on. A file that is not an image gives one line, and the others continue.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def predict(args: argparse.Namespace) -> int:
         args.csv.touch()  # before the work, not after it
     model, info = load_run(args.run, args.epoch)
     if not info["is_calibrated"]:
-        text = "confidences are not calibrated: the run had no --val_split to fit temperatures on"
+        text = "confidences are not calibrated: the run had no validation images to fit temperatures on"
         print(f"note: {text}", file=sys.stderr)
     paths = find_images(args.images)
     rows = []

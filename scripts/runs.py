@@ -13,7 +13,7 @@ from typing import NamedTuple
 from paper import PUBLISHED, ROOT, SETTINGS
 
 sys.path.insert(0, str(ROOT))
-from utils.errors import printable
+from utils.errors import UserError, printable
 from utils.records import METRICS, Change, EpochRecord, SplitRecord, Start, TestRecord, find_changes, from_json
 
 METHODS = ("PSKD", "BYOT", "DML")
@@ -122,6 +122,8 @@ def find_sources(paths: list[Path]) -> tuple[list[Source], list[Skipped]]:
     sources, errors, seen = set(), [], set()
     for path in paths:
         if path.suffix == ".jsonl":
+            if path.exists() and not path.is_file():  # a pipe could be read for ever
+                raise UserError(f"{path} is no regular file")
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             sources |= {Source(f"{path}:{number}", path, line) for number, line in enumerate(lines, 1)}
             continue

@@ -177,6 +177,8 @@ def summarize(args: argparse.Namespace) -> None:
     if args.pairs and not tables:
         known = "; ".join(dict.fromkeys(group.label for group in groups))
         raise UserError(f"--pairs {args.pairs}: give one of {known}")
+    if args.table and not tables:
+        raise UserError(f"no run is a row of Table {args.table}")
     if args.export:
         export(args.export, runs, skipped)
     FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])

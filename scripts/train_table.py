@@ -30,6 +30,7 @@ from paper import BLOCK_FLAGS, ROOT, SETTINGS, table_rows
 sys.path.insert(0, str(ROOT))
 
 from utils.errors import run_command, tell
+from utils.launch import is_number
 from utils.parser import Parser
 from utils.records import Change, find_changes
 
@@ -53,7 +54,7 @@ def find_rows(table: str) -> list[tuple[str, list[str]]]:
 def select(rows: list[tuple], word: str) -> list[tuple]:
     """The rows that a number, a range or a network stands for."""
     first, _, last = word.partition("-")
-    if first.isdecimal() and (last or first).isdecimal():
+    if is_number(first) and is_number(last or first):
         return rows[max(int(first) - 1, 0) : int(last or first)]
     return [row for row in rows if row[0] == word]
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv[:cut])
     jobs = os.environ.get("JOBS") or "1"
-    if not jobs.isdecimal() or int(jobs) == 0:
+    if not is_number(jobs) or int(jobs) == 0:
         parser.error(f"JOBS={jobs}: must be a positive whole number")
 
     rows, selected = find_rows(args.table), []

@@ -6,11 +6,12 @@ machine         random seeds; what the hardware can do; the facts about it that 
 files           atomic writes of JSON and arrays; knows no format
 checkpoint      the format of a run's checkpoint: written, verified, loaded
 run_directory   who may write to a run's directory, where a run starts, what is saved (README.md: every file and key)
-records         an epoch's record: its classifiers by name, the best one, the table of results
+resume, exports     may a run go on; a run's record -> the JSON files, the final table; both without touching a file
+records         what a run is, as types; METRICS, the table of metrics' names and units; needs no PyTorch
 engine          one epoch of training, one pass of validation, the optimiser and its schedule
-metrics         the metrics, and METRICS, the table of their names and units
+metrics         the metrics' formulas
 calibration     temperatures, and what early exit saves, from logits
-logger, figures     an epoch's record -> console, log file, TensorBoard; diagrams
+logger          an epoch's record -> console, log file, TensorBoard
 launch          this process's rank among how many; needs no PyTorch, as parser, errors and records need none
 distributed     what several processes do together
 compile, cuda_graph     a compiled network and objective; a captured training step

@@ -47,16 +47,24 @@ def read_world(environment: Mapping[str, str]) -> World:
     if given.keys().isdisjoint(("RANK", "WORLD_SIZE", "LOCAL_RANK")) or given.get("WORLD_SIZE") == "1":
         return World()
     given.setdefault("LOCAL_WORLD_SIZE", "1")
-    wrong = [name for name in VARIABLES if name not in given or not (name == "MASTER_ADDR" or given[name].isdecimal())]
+    wrong = [name for name in VARIABLES if name not in given or not (name == "MASTER_ADDR" or is_number(given[name]))]
     if not wrong:
         world = World(*(int(given[name]) for name in VARIABLES[:4]))
-        if world.rank < world.size:
+        if world.rank >= world.size:
+            wrong = ["RANK", "WORLD_SIZE"]
+        elif environment.get("LOCAL_WORLD_SIZE") and not world.local_rank < world.local_size <= world.size:
+            wrong = ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+        else:
             return world
-        wrong = ["RANK", "WORLD_SIZE"]
     raise UserError(
         f"in the environment {', '.join(wrong)} is missing or not valid: start with torchrun, or unset RANK, WORLD_SIZE"
         " and LOCAL_RANK"
     )
+
+
+def is_number(text: str) -> bool:
+    """Whether int() takes it, and a machine could mean it."""
+    return text.isdecimal() and len(text) < 10
 
 
 def end_with_torchrun() -> None:

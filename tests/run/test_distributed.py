@@ -337,6 +337,8 @@ def test_variables_of_torchrun_are_the_world(change, world):
         ),
         ({"WORLD_SIZE": "0"}, "RANK, WORLD_SIZE"),
         ({"RANK": "2"}, "RANK, WORLD_SIZE"),
+        ({"RANK": "1" * 5000}, "RANK"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK, LOCAL_WORLD_SIZE"),
     ],
 )
 def test_what_is_missing_or_wrong_of_torchrun_s_variables_is_named(change, named):

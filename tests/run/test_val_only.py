@@ -103,3 +103,10 @@ def test_bad_flag_of_a_checkpoint_is_one_line_and_nothing_is_made(flags, folder,
     refused(val_only, RUN, Path("out"))
     assert files(folder) == before
     assert not Path("new").exists()
+
+
+def test_limit_val_takes_some_of_the_run_s_own_validation_images(finished, tmp_path):
+    assert val_only(finished, tmp_path / "val", "--limit_val", "3") == 0
+    written = read(tmp_path / "val", "val.json")
+    assert written["images"]["images"] == 3
+    assert "val" in written

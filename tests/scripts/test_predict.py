@@ -84,7 +84,7 @@ def test_confidences_are_noted_as_not_calibrated_without_val_split(multi_exit, m
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
     assert call(tmp_path, "x.png") == 1
-    assert "no such file" in capsys.readouterr().err
+    assert "must be a run directory" in capsys.readouterr().err
 
 
 def resize_some(photos):
