@@ -114,7 +114,7 @@ def read_folder(root: Path, options: ReadOptions) -> Images:
     suffix of an image, are left out.
 
     Raises:
-        UserError: a folder that is missing, a class that is empty or in one split only, fewer than two classes, or
+        UserError: a folder that is missing, a class that has images in one split only, fewer than two classes, or
             files that are not images.
     """
     folders = _find_splits(root, options)
