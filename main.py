@@ -60,7 +60,7 @@ def build_parser() -> Parser:
         description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
         "and top-5 error, NLL, ECE and AURC. Files go to <experiments_dir>/<run_name>/. The same command run again "
         "continues where it stopped.",
-        epilog="example: python main.py --PSKD --BYOT --DML --data_type synthetic --end_epoch 2",
+        epilog="example: python main.py --BYOT --data_type synthetic --end_epoch 2",  # fits a line
         allow_abbrev=False,
     )
     for package in (loss, data, models, flags):
@@ -106,7 +106,8 @@ def default_run_name(args) -> str:
 def evaluation_name(args) -> str:
     """`<run>_val`, or for another checkpoint of it than the last `<run>_<checkpoint>_val`."""
     path = Path(args.resume).resolve()
-    names = [path.name] if path.is_dir() or path.name == LAST else [path.parent.name, path.stem]
+    path = path.parent if path.name == LAST else path
+    names = [path.name] if path.is_dir() else [path.parent.name, path.stem]
     return "_".join([*names, "val"])
 
 
@@ -134,11 +135,12 @@ def main(argv: list[str] | None = None) -> int:
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
                 status = 2
                 raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
+            given = build_parser().given(argv)
             if args.val_only:
-                evaluate_run(args, build_parser().given(argv), device)
+                evaluate_run(args, given, device)
             else:
                 set_up_torch(device, args.precision)
-                train(args, device)
+                train(args, given, device)
         return 0
     except Interrupted as e:
         return 128 + e.number
@@ -153,8 +155,11 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def train(args, device: torch.device) -> None:
-    """Train from the run directory's last checkpoint to --end_epoch, and report."""
+def train(args, given: set[str], device: torch.device) -> None:
+    """Train from the run directory's last checkpoint to --end_epoch, and report.
+
+    given: names of the flags on the command line.
+    """
     with RunDirectory(Path(args.experiments_dir, args.run_name), RUNTIME_FLAGS) as directory:
         # where the run starts: flags are compared before any image is read, images before anything is written
         checkpoint, changes = distributed.broadcast_from_rank_0(lambda: find_start(directory, args))
@@ -176,11 +181,10 @@ def train(args, device: torch.device) -> None:
         directory.begin(run, checkpoint)
         logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
-        train_loader.set_epoch(min(first_epoch, args.end_epoch - 1))  # whose images TensorBoard shows
-        notes = flags.notes(args, device)
-        logger.start(
-            headline(args, model, loaders, run), notes, experiment_flags(vars(args)), train_loader, run.history
-        )
+        if checkpoint and first_epoch < args.end_epoch:
+            logger.info(f"continuing from {checkpoint.file}: {first_epoch} of {args.end_epoch} epochs are done")
+        notes = flags.notes(args, given, device) + loss.notes(args, given)
+        logger.start(headline(args, model, loaders, run), notes, experiment_flags(vars(args)), run.history)
 
         # training loop
         predictions = None
@@ -224,8 +228,6 @@ def find_start(directory: RunDirectory, args) -> tuple[Checkpoint | None, list[C
         new = experiment_flags(vars(args)) | {"processes": launch.WORLD.size}
         changes = check_flags(file, old, new, experiment_flags(vars(default_args())), args.allow_change)
         check_length(file, done, args.end_epoch)
-    if done < args.end_epoch:
-        tell(f"continuing from {file}: {done} of {args.end_epoch} epochs are done")
     return checkpoint, [change._replace(epoch=done) for change in changes]
 
 
@@ -263,7 +265,7 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
     if args.weights is not None:
         line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
-        if distributed.is_main() and checkpoint is None:
+        if launch.WORLD.is_main and checkpoint is None:
             tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
     states = {"model": model, "objective": objective, "optimizer": optimizer}
@@ -324,7 +326,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
         exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
         write_arrays(directory.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
     finished = dataclasses.replace(directory.run, test=test)
-    logger.finish(finished, logits[-1], labels, loaders["val"])
+    logger.finish(finished)
     seconds = statistics.median(epoch.seconds for epoch in finished.history)
     logger.info(f"{seconds:.2f} s of training per epoch (median); files: {directory.path}")
     logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(directory.path)])}")
@@ -381,23 +383,30 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         tell(note)
 
     def fail(message):
-        raise UserError(f"the flags in {file} are not valid here: {message}")
+        raise UserError(f"{file} was trained with flags that are not valid here; give another value: {message}")
 
     own = default_args()
-    vars(own).update(run.args, val_only=True, device=args.device, workers=args.workers)
+    vars(own).update(run.args, val_only=True, weights=None, device=args.device, workers=args.workers)
     vars(own).update({name: getattr(args, name) for name in given})
     with reading(file):
+        for package in (loss, data, models):
+            package.check_flags(own, fail)
         flags.check_machine(own, fail)
         model = build_model(own, len(run.data.class_names))
         load_states(checkpoint, model=model)
     set_up_torch(device, own.precision)
     model = model.to(device, memory_format=torch.channels_last)
-    loaders = load_splits(own, device, run.data)
+    with reading(file):
+        try:
+            loaders = load_splits(own, device, run.data)
+        except UserError as e:
+            origin = "" if "data_path" in given else f"; the run itself was given --data_path {own.data_path}"
+            raise UserError(f"{e}{origin}") from None
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
     if run.data.selects_on_val:
-        found = loaders["val"].record.splits["val"] if "val" in loaders else None
-        if found != run.data.splits["val"]:
+        name = "train_and_val" if "train_and_val" in run.data.splits else "val"  # the former is not cut by --limit_val
+        if "val" not in loaders or loaders["val"].record.splits.get(name) != run.data.splits[name]:
             split = "test"
     if split not in loaders:
         raise UserError(f"{own.data_path} has no test split, and other validation images than {file} was selected on")

@@ -8,9 +8,10 @@ from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
 from utils.parser import add_number, add_switch
 
-__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags"]
+__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "notes"]
 
 METHODS = ("PSKD", "BYOT", "DML")
+HYPERPARAMETERS = {"PSKD": ("alpha_T",), "BYOT": ("alpha", "temperature", "beta", "BYOT_from_k_block")}
 
 
 def add_flags(parser) -> None:
@@ -19,7 +20,9 @@ def add_flags(parser) -> None:
     switch("--PSKD", help="soften labels with the previous epoch's own predictions")
     switch("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
     switch("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
-    number("--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction in the last epoch", "PS-KD paper")
+    number(
+        "--alpha_T", float, 0.8, 0, 1, "PS-KD: weight of the previous prediction; grows linearly to this", "PS-KD paper"
+    )
     number("--alpha", float, 0.1, 0, 1, "BYOT: weight of the teacher loss; labels get 1 - alpha", "paper")
     text = "BYOT: tau, which divides the logits in the teacher loss"
     number("--temperature", float, 3.0, 0.01, 1000, text, "published script")
@@ -29,9 +32,8 @@ def add_flags(parser) -> None:
     number("--BYOT_from_k_block", int, 1, 1, 3, "BYOT: first exit trained by BYOT", "paper, Table 3")
     switch("--DML_on_output", help="DML: compare logits in place of features")
     switch("--DML_as_published", help="DML: the published script's value, which has no gradient")
-    text = "divide this part of each label among all classes, in every cross-entropy; not with --PSKD"
+    text = "weight of the uniform distribution mixed into each label, in every cross-entropy; not with --PSKD"
     number("--label_smoothing", float, 0.0, 0, 0.9, text, "off")
-    parser.set_defaults(exits=False)
 
 
 def check_flags(args, fail) -> None:
@@ -44,7 +46,7 @@ def check_flags(args, fail) -> None:
         fail("argument --DML_on_output: cannot be used with --DML_as_published")
     if args.label_smoothing and args.PSKD:
         fail("argument --label_smoothing: cannot be used with --PSKD, which softens the labels itself")
-    args.exits = build_objective(args, num_samples=1, num_classes=1).uses_exits
+    args.exits = any(term.uses_exits for term in build_objective(args, num_samples=1, num_classes=1).terms)
     exits = args.num_resnet_blocks - 1
     if args.exits and not exits:
         fail("argument --num_resnet_blocks: 1 block has no exit for the losses; use 2 to 4")
@@ -53,6 +55,15 @@ def check_flags(args, fail) -> None:
             f"argument --BYOT_from_k_block: {args.BYOT_from_k_block} exceeds the number of exits; "
             f"{args.num_resnet_blocks} blocks have exits 1 to {exits}"
         )
+
+
+def notes(args, given: set[str]) -> list[str]:
+    """Warnings of hyper-parameters of methods that are off, among the flags that are given."""
+    found = []
+    for method, names in HYPERPARAMETERS.items():
+        if not getattr(args, method):
+            found += [f"--{name} has no effect without --{method}" for name in names if name in given]
+    return found
 
 
 def build_objective(args, num_samples: int, num_classes: int) -> Objective:

@@ -81,10 +81,6 @@ class Objective(nn.Module):
         self.terms = nn.ModuleList(terms)
         self.soften = soften
 
-    @property
-    def uses_exits(self) -> bool:
-        return any(term.uses_exits for term in self.terms)
-
     def trained_classifiers(self, num_exits: int) -> list[str]:
         """The names of the classifiers that a term trains, shallow to deep."""
         first = min(term.trains_from or num_exits + 1 for term in self.terms)

@@ -28,9 +28,9 @@ def predict_early(
         logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
         final classifier.
     """
-    logits = images.new_zeros(len(images), model.fc.out_features, dtype=model.fc.weight.dtype)
-    decided_by = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    logits = model.fc.weight.new_zeros(len(images), model.fc.out_features)
     remaining = torch.arange(len(images), device=images.device)
+    decided_by = torch.zeros_like(remaining)
     classifiers = _classifiers(model, images, temperatures if threshold < NEVER else ["final"])
     go_on = None
     while len(remaining):
@@ -72,7 +72,7 @@ def multiply_adds(model: MultiExitNetwork, image_size: int, deciding: Collection
         by name, those of stopping at each of these, the ones before it included, as predict_early runs; and those of
         the backbone with the final classifier alone.
     """
-    image = torch.zeros(1, 3, image_size, image_size, device=model.fc.weight.device, dtype=model.fc.weight.dtype)
+    image = model.fc.weight.new_zeros(1, 3, image_size, image_size)
 
     def count(names: Collection[str]) -> dict[str, int]:
         with FlopCounterMode(display=False) as counter:

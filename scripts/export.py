@@ -5,7 +5,6 @@ name, `exit 1`, ..., `final`. Beside it, NAME.json says what the classes, sizes 
 becomes the input.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import stored_size
 from models import load_run
 from models.exits import MultiExitNetwork
 from utils.engine import by_classifier
 from utils.errors import UserError, print_error, run_command
 from utils.files import write_atomic, write_json
-from utils.parser import path_type
+from utils.parser import Parser, path_type
 
 INPUT = (
-    "an RGB picture, upright, is resized, antialiased bilinear, until its shorter side is image_size, cut centrally to"
-    " a square, divided by 255; then less mean, divided by std, per channel"
+    "an RGB picture, upright, is resized until its shorter side is stored_size and cut centrally to a square; if"
+    " image_size is another, the square is resized to it (both antialiased bilinear, rounded to levels 0 to 255);"
+    " divided by 255; then less mean, divided by std, per channel"
 )
 
 
@@ -40,7 +41,7 @@ class ByName(nn.Module):
 
 def main(argv: list[str] | None = None) -> int:
     """Status 1 where the run cannot be read, or the files cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=path_type, metavar="RUN", help="run directory")
     text = "NAME.pt2, or NAME.onnx, which needs the packages onnx and onnxscript"
     parser.add_argument("--out", type=path_type, required=True, metavar="FILE", help=text)
@@ -66,7 +67,7 @@ def export(run: Path, epoch: str, out: Path) -> None:
     else:
         write_atomic(out, lambda file: torch.export.save(program, file))
     facts = {name: info[name] for name in ("class_names", "mean", "std", "image_size", "temperatures")}
-    write_json(out.with_suffix(".json"), {"input": INPUT} | facts)
+    write_json(out.with_suffix(".json"), {"input": INPUT, "stored_size": stored_size(info["args"])} | facts)
 
 
 if __name__ == "__main__":

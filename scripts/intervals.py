@@ -5,7 +5,7 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
-from runs import Run, other_images
+from runs import Group, Run
 
 
 class Intervals(NamedTuple):
@@ -19,27 +19,17 @@ class Intervals(NamedTuple):
 def student_quantile(probability: float, degrees_of_freedom: float) -> float:
     """The t that |T| stays below with this probability, T being Student's with at least one degree of freedom.
 
-    With T = sqrt(df) tan(theta), the density of theta is proportional to cos(theta)^(df - 1). It is integrated by
-    Gauss and Legendre's rule, and theta found by bisection, to nine digits.
+    With T = sqrt(df) tan(theta), the density of theta is proportional to cos(theta)^(df - 1). Its sum over a fine grid
+    gives seven digits.
     """
-    points, weights = np.polynomial.legendre.leggauss(100)
-    log_factor = math.lgamma((degrees_of_freedom + 1) / 2) - math.lgamma(degrees_of_freedom / 2)
-    factor = 2 * math.exp(log_factor) / math.sqrt(math.pi)
-    low = 0.0
-    high = math.pi / 2
-    for _ in range(50):
-        theta = (low + high) / 2
-        angles = theta / 2 * (points + 1)
-        density = factor * np.cos(angles) ** (degrees_of_freedom - 1)
-        integral = theta / 2 * np.sum(weights * density)
-        if integral < probability:
-            low = theta
-        else:
-            high = theta
-    return math.sqrt(degrees_of_freedom) * math.tan(low)
+    edges = np.linspace(0, math.pi / 2, 100_001)
+    middles = (edges[1:] + edges[:-1]) / 2
+    mass = np.cumsum(np.cos(middles) ** (degrees_of_freedom - 1))
+    theta = np.interp(probability, mass / mass[-1], edges[1:])
+    return math.sqrt(degrees_of_freedom) * math.tan(theta)
 
 
-def paired_intervals(differences: list[list[float]]) -> Intervals:
+def paired_intervals(differences: list[list[float] | None]) -> Intervals:
     """Intervals of mean differences from one base; their variance is pooled over the settings.
 
     The same runs of the base are in all settings' differences, which are therefore correlated, by 1/2 where all runs
@@ -47,49 +37,47 @@ def paired_intervals(differences: list[list[float]]) -> Intervals:
     4 k / (k + 3) (n - 1) in Satterthwaite's approximation (Biometrics Bulletin, 1946).
 
     Args:
-        differences: of each setting, one number per seed.
+        differences: of each setting, one number per seed, or None where it lacks them.
     """
-    squares, num_free, num_settings = 0.0, 0, 0
-    for values in differences:
-        if len(values) > 1:
-            squares += (len(values) - 1) * statistics.variance(values)
-            num_free += len(values) - 1
-            num_settings += 1
-    if num_settings == 0:
+    repeated = [values for values in differences if values and len(values) > 1]
+    if not repeated:
         return Intervals([None] * len(differences), 0, 0.0)
-    variance = squares / num_free
-    degrees_of_freedom = num_free * 4 / (num_settings + 3)
+    num_free = sum(len(values) - 1 for values in repeated)
+    variance = sum((len(values) - 1) * statistics.variance(values) for values in repeated) / num_free
+    degrees_of_freedom = num_free * 4 / (len(repeated) + 3)
     t = student_quantile(0.95, degrees_of_freedom)
-    half_widths = [t * math.sqrt(variance / len(values)) for values in differences]
-    return Intervals(half_widths, num_settings, degrees_of_freedom)
+    half_widths = [values and t * math.sqrt(variance / len(values)) for values in differences]
+    return Intervals(half_widths, len(repeated), degrees_of_freedom)
 
 
-def pair_runs(base: str, groups: list[list[Run]]) -> tuple[list[list[Run]], list[str]]:
-    """Groups whose values are differences, by seed, from the runs labelled `base` of the same network on the same
-    images; and a line for each setting that has runs without such a base."""
-    bases = {(run.data, run.network, run.seed): run for group in groups for run in group if run.label == base}
+class Pairs(NamedTuple):
+    """Those runs of a group that have a partner of the same seed in the base, and their partners."""
+
+    group: Group
+    partners: list[Run]
+
+
+def pair_runs(base: str, groups: list[Group]) -> tuple[list[Pairs], list[str]]:
+    """Groups beside the one labelled `base` of the same network on the same images; and a line for each run without
+    such a partner. A base without exits is its own early exit: its error, at 100 % of its cost."""
+    bases = {}
+    for group in groups:
+        for run in group.runs if group.label == base else ():
+            error = run.values.get(("final", "top1_error"))
+            whole = {("early exit", "multiply_adds"): 100, ("early exit", "top1_error"): error}
+            bases[group.data, run.network, run.seed] = run._replace(values=whole | run.values)
     paired, left_out = [], []
     for group in groups:
-        if group[0].label == base:
+        if group.label == base:
             continue
-        differences = []
-        unpaired = {}  # reason -> seeds
-        for run in group:
-            of_base = bases.get((run.data, run.network, run.seed))
-            if of_base is None:
-                reason = f"no {base} of its network, data and seed"
-                unpaired.setdefault(reason, []).append(run.seed)
-                continue
-            others = other_images(run, of_base)
-            if others:
-                reason = f"its {base} has other {', '.join(others)}"
-                unpaired.setdefault(reason, []).append(run.seed)
-                continue
-            shared = run.values.keys() & of_base.values.keys()
-            values = {key: run.values[key] - of_base.values[key] for key in shared}
-            differences.append(run._replace(values=values))
-        if differences:
-            paired.append(differences)
-        for reason, seeds in unpaired.items():
-            left_out.append(f"{group[0].label}, seed {' '.join(map(str, seeds))} ({reason})")
+        runs, partners = [], []
+        for run in group.runs:
+            partner = bases.get((group.data, run.network, run.seed))
+            if partner is None or any(partner.splits.get(name, split) != split for name, split in run.splits.items()):
+                left_out.append(f"{group.label}, seed {run.seed} (no {base} of its network, images and seed)")
+            else:
+                runs.append(run)
+                partners.append(partner)
+        if runs:
+            paired.append(Pairs(group._replace(runs=runs), partners))
     return paired, left_out

@@ -11,19 +11,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 BLOCK_FLAGS = {"BYOT_from_k_block": 1, "num_resnet_blocks": 4}  # with main.py's defaults
 
-# Of the study (scripts/study.sh), in the order of README's table: the runs' name, words for readers, flags of main.py.
-SETTINGS = [
-    ("baseline", "none (baseline)", ""),
-    ("label_smoothing", "label smoothing 0.1", "--label_smoothing 0.1"),
-    ("PSKD", "PS-KD", "--PSKD"),
-    ("BYOT", "BYOT", "--BYOT"),
-    ("deep_supervision", "deep supervision (labels on the exits, no teacher)", "--BYOT --alpha 0 --beta 0"),
-    ("DML", "DML", "--DML"),
-    ("PSKD+BYOT", "PS-KD + BYOT", "--PSKD --BYOT"),
-    ("PSKD+DML", "PS-KD + DML", "--PSKD --DML"),
-    ("BYOT+DML", "BYOT + DML", "--BYOT --DML"),
-    ("PSKD+BYOT+DML", "PS-KD + BYOT + DML", "--PSKD --BYOT --DML"),
-]
+# Of the study (scripts/study.sh): the runs' name, and flags of main.py.
+SETTINGS = {
+    "baseline": {},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "PSKD": {"PSKD": True},
+    "BYOT": {"BYOT": True},
+    "deep_supervision": {"BYOT": True, "alpha": 0, "beta": 0},  # labels on the exits, no teacher
+    "DML": {"DML": True},
+    "PSKD+BYOT": {"PSKD": True, "BYOT": True},
+    "PSKD+DML": {"PSKD": True, "DML": True},
+    "BYOT+DML": {"BYOT": True, "DML": True},
+    "PSKD+BYOT+DML": {"PSKD": True, "BYOT": True, "DML": True},
+}
 
 
 def table_rows(table: int) -> list[dict]:

@@ -1,268 +1,276 @@
-"""Runs as tables and figures use them: read from directories or exported lines, checked, and grouped over seeds."""
+"""Runs as tables and figures use them: found in directories or exported files, read, and grouped over seeds.
 
+Needs neither PyTorch nor main.py.
+"""
+
+import dataclasses
 import json
-import math
 import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from paper import ROOT
+from paper import PUBLISHED, ROOT, SETTINGS
 
 sys.path.insert(0, str(ROOT))
-from loss import METHODS
-from main import RUNTIME_FLAGS, default_args
 from utils.errors import printable
-from utils.machine import ENVIRONMENT
-from utils.metrics import METRICS
-from utils.records import classifiers
+from utils.records import METRICS, Change, EpochRecord, SplitRecord, Start, TestRecord, find_changes, from_json
+
+METHODS = ("PSKD", "BYOT", "DML")
+NO_METHOD = dict.fromkeys(METHODS, False)
+PAPER = PUBLISHED["setting"] | NO_METHOD | {"processes": "1"}  # BatchNorm is per process; other flags are off
+LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
+# Network and methods vary within the paper's tables.
+NOT_COMPARED = {*METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
+# Entries of config.json that are no flags.
+FACTS = {"data", "starts", "changes", *(field.name for field in dataclasses.fields(Start))}
+CLASSIFIERS = ("exit 1", "exit 2", "exit 3", "final", "ensemble")
+TIMES = ("seconds_per_epoch", "hours")
+LARGEST = 1e100  # no number that is measured: its square would be infinite
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 
 
 class Column(NamedTuple):
-    """How a number of a run is printed."""
+    """A number of a run, and how it is printed."""
 
     heading: str
     decimals: int
+    owner: str  # a classifier, "early exit" or "times"; with `metric` the key in `Run.values`
+    metric: str
+
+
+def _metric_column(name: str, after: str = "") -> Column:
+    metric = METRICS[name]
+    heading = f"{metric.heading}{after.replace('_', ' ')} ({metric.unit})".removesuffix(" ()")
+    return Column(heading, metric.decimals, "final", name + after)
 
 
 # Every number that a table may show. T: each classifier's temperature, p: its norm, both fitted on held-out images.
-COLUMNS = {key: Column(f"{m.heading} ({m.unit})".removesuffix(" ()"), m.decimals) for key, m in METRICS.items()}
+COLUMNS = {name: _metric_column(name) for name in METRICS}
+COLUMNS |= {f"{name}_after_T": _metric_column(name, "_after_T") for name in ("nll", "ece", "brier", "adaptive_ece")}
+COLUMNS |= {name: Column(f"{name} err (%)", 2, name, "top1_error") for name in CLASSIFIERS}
 COLUMNS |= {
-    "nll_after_T": Column("NLL after T (nats)", 4),
-    "ece_after_T": Column("ECE after T (%)", 2),
-    "brier_after_T": Column("Brier after T", 4),
-    "adaptive_ece_after_T": Column("ad. ECE after T (%)", 2),
-    "augrc_pnorm": Column("AUGRC of pNorm (x 1000)", 2),
-    "pnorm_p": Column("p of pNorm", 1),
-    "exit 1": Column("exit 1 err (%)", 2),
-    "exit 2": Column("exit 2 err (%)", 2),
-    "exit 3": Column("exit 3 err (%)", 2),
-    "final": Column("final err (%)", 2),
-    "ensemble": Column("ensemble err (%)", 2),
-    "early_exit": Column("early exit (% MACs)", 1),  # for the final accuracy less 0.5 points; 100 is the backbone
-    "seconds_per_epoch": Column("s/epoch", 1),
-    "hours": Column("hours", 2),
+    "augrc_pnorm": Column("AUGRC of pNorm (x 1000)", 2, "final", "augrc_pnorm"),
+    "pnorm_p": Column("p of pNorm", 1, "final", "pnorm_p"),
+    # At the threshold chosen for the final classifier's accuracy less 0.5 points; 100 % is the backbone.
+    "early_exit": Column("early exit (% MACs)", 1, "early exit", "multiply_adds"),
+    "early_exit_error": Column("early exit err (%)", 2, "early exit", "top1_error"),
+    "seconds_per_epoch": Column("s/epoch", 1, "times", "seconds_per_epoch"),
+    "hours": Column("hours", 2, "times", "hours"),
 }
-OF_PNORM = ("augrc_pnorm", "pnorm_p")
-TIMES = ("seconds_per_epoch", "hours")
 
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError)
 
-LIMITS = ("classes", "limit_train", "limit_val")  # flags that make a data set smaller
-# Entries of config.json that have no value in the paper's setting; network and methods vary within its tables.
-NOT_COMPARED = {*RUNTIME_FLAGS, *ENVIRONMENT, *METHODS, *LIMITS, "data_type", "classifier_type", "seed"}
-NOT_COMPARED |= {"data", "starts", "changes"}
+class Source(NamedTuple):
+    name: str  # the path of a run's directory, or file:line
+    path: Path  # of the directory or file
+    line: str | None = None
+
+
+class Skipped(NamedTuple):
+    """A run that no table has."""
+
+    name: str
+    reason: str
+    path: Path | None = None  # its directory, or the file that would lose it; None for a duplicate
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
 
 
 class Run(NamedTuple):
-    name: str  # the path of its directory, or file:line
-    config: dict
+    """The last or best epoch of a finished run."""
+
+    source: Source
+    name: str
+    config: dict  # without flags that define no experiment
     results: dict
-    flags: dict  # config, and the defaults of flags that are newer than the run
+    flags: dict  # that define the experiment
     seed: int
+    network: str
     methods: tuple[str, ...]
-    non_paper_flags: frozenset[str]  # from the paper's setting, such as "width 8"
+    setting: str  # of the study's with these methods, the one that has most of its other flags
+    changes: list[Change]  # from the paper's setting
     data: str  # the data set, such as "cifar100, classes 20"
-    images: dict[str, str]  # what its record says of them and all seeds share, such as "test digest": "0a1b"
-    machines: frozenset[str]  # of all its starts
-    environments: frozenset[str]  # the same with version and commit
-    values: dict[str, float]  # column -> number, of the final classifier
-    classifiers: dict[str, dict]  # "exit 1", ..., "final", "ensemble", if trained -> column -> number
-    label: str = ""  # the methods, and the non_paper_flags that are not common to all runs on the same data
+    splits: dict[str, SplitRecord]
+    images: dict[str, str]  # split -> what its record says of it and all seeds share
+    starts: list[Start]
+    values: dict[tuple[str, str], float]  # (classifier, metric); also ("early exit", ...) and ("times", ...)
+    early_exit: dict | None  # of the test split
 
     @property
-    def network(self) -> str:
-        return self.flags["classifier_type"]
+    def test_images(self) -> str:
+        return "test " + (self.images.get("test") or self.images.get("val", "images not recorded"))
+
+    @property
+    def row(self) -> tuple:
+        """What it has in common with runs whose images alone may differ."""
+        return self.data, self.test_images, self.network, self.methods, self.changes
 
 
-def paper_flags() -> dict:
-    """The paper's setting: main.py's defaults. They are not checked, so that no device is asked for memory."""
-    return vars(default_args()) | {"precision": "fp32", "lr_decay_schedule": [150, 225]}
+class Group(NamedTuple):
+    """Runs that differ in the seed alone, in its order."""
+
+    runs: list[Run]
+    label: str  # methods, or the study's name of a setting, and what else differs between groups on the same data
+    data: str
+    common: list[Change]  # from the paper's setting, in all groups on the same data
 
 
-def find_runs(paths: list[Path]) -> dict[str, Path | str]:
-    """Name -> run directory (a path or below it) or line of a .jsonl file; sorted, each once."""
-    sources = {}
+def find_sources(paths: list[Path]) -> tuple[list[Source], list[Skipped]]:
+    """Run directories (a path, or below it, also behind links) and lines of .jsonl files, sorted, each once; and
+    directories that cannot be read."""
+    sources, errors, seen = set(), [], set()
     for path in paths:
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            sources |= {f"{path}:{number}": line for number, line in enumerate(lines, 1)}
-        sources |= {os.path.relpath(file.parent): file.parent for file in path.rglob("config.json")}
-    return dict(sorted(sources.items()))
+            sources |= {Source(f"{path}:{number}", path, line) for number, line in enumerate(lines, 1)}
+            continue
+        for directory, inner, files in os.walk(path, onerror=errors.append, followlinks=True):
+            real = os.path.realpath(directory)
+            if real in seen:  # behind a link
+                inner.clear()
+            elif "config.json" in files:
+                sources.add(Source(os.path.relpath(directory), Path(directory)))
+            seen.add(real)
+    return sorted(sources), [Skipped(error.filename, error.strerror) for error in errors]
 
 
-def read_run(name: str, source: Path | str, which: str, paper: dict) -> Run:
-    """The `last` or `best` epoch of a run, given its directory or a line that --export wrote, and the paper's flags.
+def read_run(source: Source, which: str) -> Run:
+    """The `last` or `best` epoch of a run.
 
     Raises:
         One of DAMAGED: the run is unfinished, damaged or cannot be read.
     """
-    if isinstance(source, Path):
-        config = json.loads((source / "config.json").read_text())
-        results = json.loads((source / "results.json").read_text())
+    if source.line is None:
+        config, results = (read_json(source.path / name) for name in ("config.json", "results.json"))
+        name = config["run_name"]
     else:
-        line = json.loads(source)
-        config, results = {"run_name": line.get("name", name), **line["config"]}, line["results"]
+        line = json.loads(source.line)
+        name, config, results = line["name"], line["config"], line["results"]
     if results["status"] != "finished":
         raise ValueError(f"{results['status']}, {results['epochs']} of {config['end_epoch']} epochs")
-    flags = {**paper, **config}
-    if type(flags["seed"]) is not int:
-        raise ValueError(f"seed is {flags['seed']!r}")
+    runtime = {"runtime", *config.get("runtime", ())}
+    config = {key: value for key, value in config.items() if key not in runtime}
+    flags = PAPER | {key: value for key, value in config.items() if key not in FACTS}
+    methods = tuple(method for method in METHODS if flags[method])
+    starts = from_json(list[Start], config["starts"])
+    flags["processes"] = " and ".join(sorted({str(start.processes) for start in starts}))
+    fitting = [name for name, setting in SETTINGS.items() if (NO_METHOD | setting).items() <= flags.items()]
+    changes = [change for change in find_changes(PAPER, flags, PAPER) if change.name not in NOT_COMPARED]
 
     # Without held-out images, validation is the test split.
-    has_held_out = bool(flags["val_split"])
-    data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags[limit])])
-    record = results[which]
-    if has_held_out and results.get("test"):
-        record = results["test"][which]
-    elif has_held_out:
+    splits = from_json(dict[str, SplitRecord], config["data"].get("splits", {}))
+    selects_on_val = bool(flags.get("val_split")) or "test" in splits
+    data = ", ".join([flags["data_type"], *(f"{limit} {flags[limit]}" for limit in LIMITS if flags.get(limit))])
+    drawn = ("train", "val") if flags.get("val_split") else ()  # by the seed
+    images = {}
+    for split, record in splits.items():
+        if split not in drawn:
+            images[split] = f"images {record.images}, digest {record.digest[:12]}"
+    epoch = from_json(EpochRecord, results[which])
+    block = TestRecord(epoch.epoch, {}, epoch.val)
+    test = from_json(dict[str, TestRecord], results.get("test", {})).get(which)
+    if test is not None and test.metrics is not None:
+        block = test
+    elif selects_on_val:
         data += ", no test split: held-out images"
-    found = classifier_values(record)
-    values = found["final"] | {key: number(key, results[key]) for key in TIMES if key in results}
-    values |= {classifier: metrics["top1_error"] for classifier, metrics in found.items()}
-    early_exit = record.get("early_exit")
-    if early_exit:
-        share = early_exit["chosen"]["multiply_adds"] / early_exit["backbone_multiply_adds"]
-        values["early_exit"] = number("early_exit", 100 * share)
-
-    starts = config.get("starts", [config])
     return Run(
+        source=source,
         name=name,
         config=config,
         results=results,
         flags=flags,
-        seed=flags["seed"],
-        methods=tuple(method for method in METHODS if flags[method]),
-        non_paper_flags=find_non_paper_flags(config, starts, paper),
+        seed=from_json(int, flags["seed"]),
+        network=from_json(str, flags["classifier_type"]),
+        methods=methods,
+        setting=max(fitting, key=lambda name: len(SETTINGS[name])),
+        changes=changes + from_json(list[Change], config["changes"]),
         data=data,
-        images=image_facts(config.get("data", {}), has_held_out),
-        machines=frozenset(start["device_name"] for start in starts),
-        environments=frozenset(
-            f"{start['device_name']}, torch {start.get('torch')}, commit {start.get('git_commit')}" for start in starts
-        ),
-        values=values,
-        classifiers=found,
+        splits=splits,
+        images=images,
+        starts=starts,
+        values=read_values(block, results),
+        early_exit=block.early_exit,
     )
 
 
-def classifier_values(record: dict) -> dict[str, dict]:
-    """`exit 1`, ..., `final`, `ensemble`, if trained -> column -> number, of a line of metrics.jsonl or a block of the
-    test split.
+def read_json(file: Path):
+    if not file.is_file():  # a pipe could be read for ever
+        raise ValueError(f"no file {file.name}")
+    return json.loads(file.read_text())
+
+
+def read_values(block: TestRecord, results: dict) -> dict[tuple[str, str], float]:
+    """Every number of a run.
 
     Raises:
-        ValueError: a metric is not a finite number.
+        One of DAMAGED: one is not finite, or no number.
     """
-    calibrated = classifiers(record["calibrated"]) if record.get("calibrated") else {}
-    found = {}
-    for classifier, metrics in classifiers(record).items():
-        fitted = calibrated.get(classifier, {})
-        values = metrics | {key if key in OF_PNORM else f"{key}_after_T": value for key, value in fitted.items()}
-        found[classifier] = {}
-        for key, value in values.items():
-            if key == "auroc_failure" and value is None:  # where all predictions are right, or all wrong
-                continue
-            if key in COLUMNS:
-                found[classifier][key] = number(key, value)
-    return found
+    values = {("times", name): results[name] for name in TIMES if name in results}
+    for classifier, metrics in block.metrics.items():
+        values |= {(classifier, name): value for name, value in metrics.items() if value is not None}
+        values[classifier, "accuracy"] = 100 - metrics["top1_error"]
+    for classifier, metrics in (block.calibrated or {}).items():
+        for name, value in metrics.items():
+            after = f"{name}_after_T"
+            values[classifier, after if after in COLUMNS else name] = value
+    if block.early_exit:
+        chosen, backbone = block.early_exit["chosen"], block.early_exit["backbone_multiply_adds"]
+        values["early exit", "multiply_adds"] = 100 * chosen["multiply_adds"] / backbone
+        values["early exit", "top1_error"] = 100 - chosen["accuracy"]
+    for (owner, name), value in values.items():
+        if not abs(value) < LARGEST:
+            raise ValueError(f"{name} of {owner} is {value!r}")
+    return values
 
 
-def number(name: str, value) -> float:
-    """The value; ValueError where it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}")
-    return value
+def change_text(change: Change) -> str:
+    if change.epoch is not None:
+        return f"changed {change} after epoch {change.epoch}"
+    return f"{change.name} {change.after}"
 
 
-def find_non_paper_flags(config: dict, starts: list[dict], paper: dict) -> frozenset[str]:
-    """In what a run is not the paper's: flags, flags that changed on resume, and several processes, because
-    BatchNorm is per process."""
-    environment = {key for start in config.get("starts", ()) for key in start} - paper.keys()
-    flags = {**paper, **config}
-    found = []
-    for key in flags.keys() - NOT_COMPARED - environment:
-        if (key, flags[key]) not in paper.items():
-            found.append(f"{key} {flags[key]}")
-    for change in config.get("changes", ()):
-        what = f"{change['name']} {change['before']} -> {change['after']}"
-        found.append(f"changed {what} after epoch {change['epoch']}")
-    processes = sorted({start.get("processes", 1) for start in starts})
-    if processes != [1]:
-        found.append(f"processes {' and '.join(map(str, processes))}")
-    return frozenset(found)
-
-
-def image_facts(data: dict, has_held_out: bool) -> dict[str, str]:
-    """What a data record (data/__init__.py) says of a run's images, by name, without what the seed draws: which of
-    the training images are held out, and the means measured on the others."""
-    facts = {}
-    if not has_held_out:
-        for key in ("mean", "std"):
-            if key in data:
-                facts[key] = " ".join(f"{value:.6g}" for value in data[key])
-    if "splits" not in data:
-        return facts | {"test images": "not recorded"}
-    for name, split in data["splits"].items():
-        name = "test" if name == "val" and not has_held_out else name
-        facts[f"{name} images"] = str(split["images"])
-        if name == "test" or not has_held_out:
-            facts[f"{name} digest"] = split["digest"][:12]
-    return facts
-
-
-def other_images(run: Run, other: Run) -> list[str]:
-    """The names of what two data records of one seed differ in."""
-    first, second = (r.config.get("data", {}).get("splits", {}) for r in (run, other))
-    return [f"{name} images" for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
-
-
-def group_runs(sources: dict[str, Path | str], which: str) -> tuple[list[list[Run]], list[str]]:
-    """Runs with the same defining flags on the same images, one per seed, in order; a line for each run left out, and
-    why. Groups on one data set, with one `data`, stand together."""
-    paper = paper_flags()
-    settings, left_out = {}, []
-    for name, source in sources.items():
+def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
+    """The finished runs in groups, those on one data set together; and those that are left out."""
+    sources, skipped = find_sources(paths)
+    by_setting: dict[str, dict[int, Run]] = {}  # row and images -> seed -> run
+    for source in sources:
         try:
-            run = read_run(name, source, which, paper)
-            setting = (run.data, run.network, run.methods, run.non_paper_flags, tuple(run.images.items()))
-            group = settings.setdefault(setting, {})
-            used = group.setdefault(run.seed, run)
-            if used is not run:
-                others = other_images(run, used)
-                but = f", but with other {', '.join(others)}" if others else ""
-                raise ValueError(f"the same flags and seed as {used.name}, which is used{but}")
+            run = read_run(source, which)
         except DAMAGED as error:
-            reason = f"no entry {error}" if isinstance(error, KeyError) else error
-            left_out.append(f"{name} ({reason})")
-    groups = [[group[seed] for seed in sorted(group)] for group in settings.values() if group]
-    groups = name_groups(groups)
-    return sorted(groups, key=lambda group: (group[0].data, len(group[0].methods), group[0].label)), left_out
+            reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+            skipped.append(Skipped(source.name, reason, source.path))
+            continue
+        used = by_setting.setdefault(f"{run.row} {run.images}", {}).setdefault(run.seed, run)
+        if used is not run:
+            skipped.append(Skipped(source.name, f"the same flags and seed as {used.source.name}, which is used"))
+    groups = [[runs[seed] for seed in sorted(runs)] for runs in by_setting.values()]
+    return name_groups(groups), skipped
 
 
-def name_groups(groups: list[list[Run]]) -> list[list[Run]]:
-    """Give runs their `label`, and to `data` the test split's record where data sets of one name have several."""
-    test_splits = {}
-    for run, *_ in groups:
-        test_splits.setdefault(run.data, set()).add(test_split(run))
-    for i, group in enumerate(groups):
-        if len(test_splits[group[0].data]) > 1:
-            data = f"{group[0].data} ({test_split(group[0])})"
-            groups[i] = [run._replace(data=data) for run in group]
-
+def name_groups(groups: list[list[Run]]) -> list[Group]:
+    """Runs of one setting each, as groups; data sets of one name with several test splits get their record's words."""
     named = []
-    for group in groups:
-        run = group[0]
-        together = [other for other, *_ in groups if other.data == run.data]
-        common = frozenset.intersection(*(other.non_paper_flags for other in together))
-        words = ["+".join(run.methods) or "baseline", *sorted(run.non_paper_flags - common)]
-        # Groups that differ in their training images alone.
-        flags = (run.network, run.methods, run.non_paper_flags)
-        twins = [other for other in together if (other.network, other.methods, other.non_paper_flags) == flags]
-        for key, value in run.images.items():
-            if any(twin.images.get(key) != value for twin in twins):
-                words.append(f"{key} {value}")
-        named.append([run._replace(label=printable(", ".join(words))) for run in group])
-    return named
+    for runs in groups:
+        first = runs[0]
+        on_data = [other for other, *_ in groups if other.data == first.data]
+        together = [other for other in on_data if other.test_images == first.test_images]
+        data = first.data if len(together) == len(on_data) else f"{first.data} ({first.test_images})"
+        common = [change for change in first.changes if all(change in other.changes for other in together)]
+
+        said = [*common, *find_changes(PAPER, PAPER | SETTINGS[first.setting], PAPER)]
+        words = sorted(change_text(change) for change in first.changes if change not in said)
+        for other in together:
+            if other.row == first.row:
+                words += [f"{key} {text}" for key, text in first.images.items() if other.images.get(key) != text]
+        label = ", ".join([first.setting.replace("_", " "), *dict.fromkeys(words)])
+        named.append(Group(runs, printable(label), printable(data), common))
+    return sorted(named, key=lambda g: (g.data, len(g.runs[0].methods), "+".join(g.runs[0].methods), g.label))
 
 
-def test_split(run: Run) -> str:
-    return ", ".join(f"{key} {value}" for key, value in run.images.items() if key.startswith("test "))
+def numbers(runs: list[Run], column: Column, classifier: str | None = None) -> list[float] | None:
+    """A number of each run, of this classifier or the column's own; None where one lacks it, or where it is a time and
+    several machines were used."""
+    machines = {start.device_name for run in runs for start in run.starts}
+    found = [run.values.get((classifier or column.owner, column.metric)) for run in runs]
+    return None if None in found or (column.owner == "times" and len(machines) > 1) else found

@@ -8,6 +8,7 @@ reason.
 """
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -16,135 +17,115 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 from intervals import pair_runs
 from paper import BLOCK_FLAGS, PUBLISHED, ROOT, table_rows
-from runs import COLUMNS, LIMITS, TIMES, Column, Run, find_runs, group_runs
-from tables import FORMATS, Line, Table, make_paired_table, make_table
+from runs import CLASSIFIERS, COLUMNS, TIMES, Group, Run, Skipped, change_text, load
+from tables import FORMATS, Table, difference_cells, mean_cells
 
-from main import RUNTIME_FLAGS
 from utils.errors import UserError, print_error, printable, run_command
 from utils.files import write_output
-from utils.metrics import SHOWN
 from utils.parser import Parser, path_type
+from utils.records import SHOWN
 
 PAPER_DATA = PUBLISHED["table1"]["dataset"]
-DEFAULT = (*SHOWN, "ece_after_T", "early_exit", *TIMES)
-DEFAULT_OF_PAIRS = ("top1_error", "nll_after_T", "augrc")
-# Table 2's headings; its values are accuracies.
-TABLE_2 = {"4/4": "final", "3/4": "exit 3", "2/4": "exit 2", "1/4": "exit 1", "ensemble": "ensemble"}
+DEFAULT = [*SHOWN, "ece_after_T", "early_exit", *TIMES]
+DEFAULT_OF_TABLE_2 = ["final", "exit 3", "exit 2", "exit 1", "ensemble", "early_exit"]
+DEFAULT_OF_PAIRS = ["top1_error", "nll_after_T", "augrc"]
 
 
-def paper_lines(table: str, groups: list[list[Run]]) -> list[Line]:
-    """The groups that are rows of the table, in the paper's order.
-
-    Published values are left out unless only the precision differs, or DML is the published script's.
-    """
-    lines = []
-    for row in table_rows(int(table)):
-        wanted = {"classifier_type": row["model"], **{flag: row[flag] for flag in BLOCK_FLAGS}}
-        for group in groups:
-            run = group[0]
-            if run.methods == tuple(row["methods"]) and wanted.items() <= run.flags.items():
-                changed = {flag.split()[0] for flag in run.non_paper_flags}
-                others = changed - {*BLOCK_FLAGS, "precision", "sync_bn", "DML_as_published"}
-                lines.append(Line(group, str(row["row"]), {} if others else row))
-    return lines
+def labels(group: Group) -> dict[str, str]:
+    """The first cells of a group's row."""
+    seeds = " ".join(str(run.seed) for run in group.runs)
+    network = printable(group.runs[0].network)
+    return {"network": network, "methods": group.label, "n": str(len(group.runs)), "seeds": seeds}
 
 
-def paper_tables(groups: list[list[Run]], numbers: str, columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
-    """The paper's tables of groups on its data, and what the paper says of those that have published values."""
-    tables, notes = [], []
-    data = groups[0][0].data
+def find_published(group: Group, row: dict) -> dict | None:
+    """The paper's values of one of its rows, as {} where they are not comparable, because more than the precision
+    differs (or DML is the published script's); None for another row's runs."""
+    run = group.runs[0]
+    wanted = {"classifier_type": row["model"], **{flag: row[flag] for flag in BLOCK_FLAGS}}
+    if (run.data, run.methods) != (PAPER_DATA, tuple(row["methods"])) or not wanted.items() <= run.flags.items():
+        return None
+    others = {change.name for change in run.changes} - {*BLOCK_FLAGS, "precision", "sync_bn", "DML_as_published"}
+    return {} if others else row
+
+
+def mean_tables(groups: list[Group], numbers: str, metrics: list[str] | None) -> tuple[list[Table], list[str]]:
+    """The paper's tables of these numbers and that of all other groups; and what the paper says of the published
+    values that are shown."""
+    tables, notes, used = [], [], []
+    data = groups[0].data
     for number in numbers:
-        lines = paper_lines(number, groups)
-        if not lines:
-            continue
-        paper = PUBLISHED[f"table{number}"]
-        if any(line.published for line in lines):
-            notes += [PUBLISHED["about"], *paper["notes"]]
-        title = f"Table {number}: {paper['title']}"
-        if data != PAPER_DATA:  # several versions of it
-            title += f", {data}"
-        if number == "2":
-            tables.append(make_table(title, accuracy_columns(), accuracy_lines(lines)))
-        else:
-            tables.append(make_table(title, columns, lines))
+        columns = metrics or (DEFAULT_OF_TABLE_2 if number == "2" else DEFAULT)
+        about = PUBLISHED[f"table{number}"]
+        rows = []
+        for paper_row in table_rows(int(number)):
+            for group in groups:
+                published = find_published(group, paper_row)
+                if published is None:
+                    continue
+                cells = mean_cells(group.runs, columns, published=published)
+                rows.append({"row": str(paper_row["row"]), **labels(group), **cells})
+                used.append(group)
+                if published:
+                    notes += [PUBLISHED["about"], *about["notes"]]
+        tables.append(Table(f"Table {number}: {about['title']}, {data}", rows))
+    rows = [{**labels(group), **mean_cells(group.runs, metrics or DEFAULT)} for group in groups if group not in used]
+    if len(numbers) > 1:
+        tables.append(Table(f"Other runs: {data}", rows))
     return tables, notes
 
 
-def accuracy_columns() -> dict[str, Column]:
-    return {heading: Column(heading, 2) for heading in TABLE_2} | {"early_exit": COLUMNS["early_exit"]}
-
-
-def accuracy_lines(lines: list[Line]) -> list[Line]:
-    """Lines of Table 2: accuracies under the paper's headings in place of errors."""
-    converted = []
-    for line in lines:
-        runs = []
-        for run in line.runs:
-            values = {heading: 100 - run.values[name] for heading, name in TABLE_2.items() if name in run.values}
-            if "early_exit" in run.values:
-                values["early_exit"] = run.values["early_exit"]
-            runs.append(run._replace(values=values))
-        converted.append(line._replace(runs=runs))
-    return converted
-
-
-def is_papers_data(run: Run) -> bool:
-    return run.flags["data_type"] == PAPER_DATA and not any(run.flags[limit] for limit in LIMITS)
-
-
-def all_tables(groups: list[list[Run]], table: str | None, columns: dict[str, Column]) -> tuple[list[Table], list[str]]:
-    """The tables of groups on one data set, and notes; `table` is a number, or None for all that have rows."""
-    tables, notes = [], []
-    if is_papers_data(groups[0][0]):
-        tables, notes = paper_tables(groups, table or "1234", columns)
-    settings = {(line.runs[0].network, line.runs[0].label) for found in tables for line in found.lines}
-    others = [Line(group, "", {}) for group in groups if (group[0].network, group[0].label) not in settings]
-    if others and not table:
-        tables.append(make_table(f"Other runs: {groups[0][0].data}", columns, others))
-    return tables, notes
-
-
-def classifier_lines(groups: list[list[Run]]) -> list[Line]:
-    """A line for each trained classifier of each group, with all of its metrics."""
-    lines = []
+def classifier_tables(groups: list[Group], columns: list[str]) -> tuple[list[Table], list[str]]:
+    """A row for each trained classifier of each group, with the metrics that every classifier has."""
+    columns = [name for name in columns if COLUMNS[name].owner == "final"]
+    rows = []
     for group in groups:
-        for name in group[0].classifiers:
-            runs = [run._replace(values=run.classifiers.get(name, {})) for run in group]
-            lines.append(Line(runs, name, {}))
-    return lines
+        for classifier in CLASSIFIERS:
+            cells = mean_cells(group.runs, columns, classifier)
+            if any(cells.values()):
+                rows.append({"classifier": classifier, **labels(group), **cells})
+    return [Table(f"Every classifier: {groups[0].data}", rows)], []
 
 
-def paired_tables(
-    base: str, groups: list[list[Run]], columns: dict[str, Column], pooled: bool
-) -> tuple[list[Table], list[str]]:
+def paired_tables(base: str, groups: list[Group], columns: list[str], pooled: bool) -> tuple[list[Table], list[str]]:
     """A table of differences from `base` for each network, and notes on their intervals."""
-    variance = "pooled over the settings, which share the base's runs" if pooled else "of each setting's own seeds"
-    tables, notes = [], []
-    paired, left_out = pair_runs(base, groups)
-    for network in dict.fromkeys(group[0].network for group in paired):
-        of_network = [group for group in paired if group[0].network == network]
-        data = of_network[0][0].data
-        title = f"Differences from {base}, paired by seed: {data}"
-        table, rests_on = make_paired_table(title, columns, of_network, pooled)
-        tables.append(table)
-        if rests_on:
+    all_paired, left_out = pair_runs(base, groups)
+    tables, notes = [], [f"not paired: {line}" for line in left_out]
+    data = groups[0].data
+    for network in dict.fromkeys(group.runs[0].network for group, _ in all_paired):
+        paired = [pairs for pairs in all_paired if pairs.group.runs[0].network == network]
+        rows = [labels(group) for group, _ in paired]
+        rest_on = []
+        for name in columns:
+            cells, intervals = difference_cells(paired, COLUMNS[name], pooled)
+            for row, cell in zip(rows, cells, strict=True):
+                row[name] = cell
+            if intervals.num_settings:
+                settings = f"settings: {intervals.num_settings}"
+                rest_on.append(f"{settings}, degrees of freedom: {intervals.degrees_of_freedom:.1f}")
+        tables.append(Table(f"Differences from {base}, paired by seed: {data}", rows))
+        if rest_on:
+            variance = "of each setting's own seeds (degrees of freedom: n - 1)"
+            if pooled:
+                words = "; ".join(dict.fromkeys(rest_on))
+                variance = f"pooled over the settings, which share the base's runs ({words})"
             notes.append(
-                "in brackets: 95 % interval of the mean difference (Student's t), with * where it leaves out 0; the"
-                f" variance of paired differences is {variance} ({network}, {data}: {rests_on})"
+                f"{network}, {data}: in brackets: 95 % interval of the mean difference (Student's t), with * where it"
+                f" leaves out 0; the variance of paired differences is {variance}"
             )
-    return tables, [*notes, *(f"not paired: {line}" for line in left_out)]
+    return tables, notes
 
 
-def export(file: Path, runs: list[Run]) -> None:
-    """One line of JSON per run, without what defines no experiment; floats with 6 significant digits."""
-    lines = []
-    for run in runs:
-        config = {key: value for key, value in run.config.items() if key not in RUNTIME_FLAGS}
-        if "data" in config:
-            config["data"] = {key: value for key, value in config["data"].items() if key != "class_names"}
-        text = json.dumps({"name": run.config.get("run_name", run.name), "config": config, "results": run.results})
-        rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
-        lines.append(json.dumps(rounded) + "\n")
+def export(file: Path, runs: list[Run], skipped: list[Skipped]) -> None:
+    """One line of JSON per run, without flags that define no experiment.
+
+    Raises:
+        UserError: runs that cannot be read would be lost.
+    """
+    lost = [str(run) for run in skipped if run.path and run.path.resolve() == file.resolve()]
+    if lost:
+        raise UserError(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
+    lines = [json.dumps({"name": run.name, "config": run.config, "results": run.results}) + "\n" for run in runs]
     write_output(file, "".join(lines).encode())
 
 
@@ -165,52 +146,39 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs", metavar="BASE", help="differences, by seed, from the methods BASE, for example baseline")
     add("--all_classifiers", action="store_true", help="all metrics of every classifier")
     args = parser.parse_args(argv)
-    args.fail = lambda message: parser.error(printable(message))
     if args.unpooled and not args.pairs:
-        args.fail("argument --unpooled: has no effect without --pairs")
-    for path in args.runs:
-        if not path.exists():
-            args.fail(f"{path} does not exist")
+        parser.error("argument --unpooled: has no effect without --pairs")
     return args
 
 
 def summarize(args: argparse.Namespace) -> None:
     which = "best" if args.best else "last"
-    groups, left_out = group_runs(find_runs(args.runs), which)
+    groups, skipped = load(args.runs, which)
     if not groups:
-        args.fail("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *left_out]))
-    runs = [run for group in groups for run in group]
-    environments = frozenset.union(*(run.environments for run in runs))
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    notes = [f"{count}, {which} epoch, made on {'; '.join(sorted(environments))}"]
-    notes += [f"left out: {line}" for line in left_out]
+        raise UserError("; ".join([f"no finished run in {' '.join(map(str, args.runs))}", *map(str, skipped)]))
+    runs = [run for group in groups for run in group.runs]
+    starts = [start for run in runs for start in run.starts]
+    machines = sorted({f"{start.device_name}, torch {start.torch}, commit {start.git_commit}" for start in starts})
+    notes = [f"runs: {len(runs)}, {which} epoch, made on {'; '.join(machines)}"]
+    notes += [f"left out: {run}" for run in skipped]
     tables = []
-    keys = args.metrics or (DEFAULT_OF_PAIRS if args.pairs else DEFAULT)
-    columns = {key: COLUMNS[key] for key in keys}
-    for data in dict.fromkeys(run.data for run in runs):
-        on_data = [group for group in groups if group[0].data == data]
-        common = frozenset.intersection(*(group[0].non_paper_flags for group in on_data))
-        if common:
-            notes.append(f"{data}: all runs, unlike the paper: {', '.join(sorted(common))}")
+    for data, on_data in itertools.groupby(groups, lambda group: group.data):
+        on_data = list(on_data)
+        if common := sorted(map(change_text, on_data[0].common)):
+            notes.append(f"{data}: all runs, unlike the paper: {', '.join(common)}")
         if args.pairs:
-            found, more_notes = paired_tables(args.pairs, on_data, columns, pooled=not args.unpooled)
+            found = paired_tables(args.pairs, on_data, args.metrics or DEFAULT_OF_PAIRS, pooled=not args.unpooled)
         elif args.all_classifiers:
-            table = make_table(f"Every classifier: {data}", columns, classifier_lines(on_data), "classifier")
-            found, more_notes = [table], []
+            found = classifier_tables(on_data, args.metrics or DEFAULT)
         else:
-            found, more_notes = all_tables(on_data, args.table, columns)
-        tables += found
-        notes += more_notes
+            found = mean_tables(on_data, args.table or "1234", args.metrics)
+        tables += [table for table in found[0] if table.rows]
+        notes += found[1]
     if args.pairs and not tables:
-        labels = dict.fromkeys(run.label for run in runs)
-        args.fail(f"--pairs {args.pairs}: give one of {'; '.join(labels)}")
+        known = "; ".join(dict.fromkeys(group.label for group in groups))
+        raise UserError(f"--pairs {args.pairs}: give one of {known}")
     if args.export:
-        inputs = [path for path in args.runs if args.export.exists() and path.samefile(args.export)]
-        prefixes = tuple(f"{path}:" for path in inputs)
-        lost = [line for line in left_out if line.startswith(prefixes) and "the same flags" not in line]
-        if lost:
-            args.fail(f"--export would remove runs that cannot be read: {'; '.join(lost)}")
-        export(args.export, runs)
+        export(args.export, runs, skipped)
     FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])
 
 

@@ -40,14 +40,14 @@ RUNNER = ROOT / "scripts" / "run_commands.py"
 
 def find_rows(table: str) -> list[tuple[str, list[str]]]:
     """Of each row, its network, or in the study its setting; and its flags."""
-    if table == "study":
-        return [(name, flags.split()) for name, _, flags in SETTINGS]
-    rows = []
-    for row in table_rows(int(table)):
-        methods = [f"--{method}" for method in row["methods"]]
-        blocks = [f"--{flag}={row[flag]}" for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]]
-        rows.append((row["model"], ["--classifier_type", row["model"], *methods, *blocks]))
-    return rows
+    rows = list(SETTINGS.items()) if table == "study" else []
+    for row in table_rows(int(table)) if not rows else ():
+        blocks = {flag: row[flag] for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]}
+        rows.append((row["model"], {"classifier_type": row["model"], **dict.fromkeys(row["methods"], True), **blocks}))
+    found = []
+    for key, flags in rows:
+        found.append((key, [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]))
+    return found
 
 
 def select(rows: list[tuple], word: str) -> list[tuple]:

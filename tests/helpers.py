@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import conftest  # noqa: F401  (finds the program where a test file is run by itself)
@@ -41,11 +40,10 @@ SMALL = "--data_type synthetic --classes 10 --image_size 16 --width 4 --batch_si
 
 
 def make_small(patch: pytest.MonkeyPatch) -> None:
-    """4 training and 2 test images per synthetic class, every epoch saved however slow the disk, no pictures."""
+    """4 training and 2 test images per synthetic class, every epoch saved however slow the disk."""
     patch.setattr(synthetic, "TRAIN_PER_CLASS", 4)
     patch.setattr(synthetic, "TEST_PER_CLASS", 2)
     patch.setattr(run_directory, "SHORT_WRITE", math.inf)
-    patch.setitem(sys.modules, "matplotlib", None)
 
 
 def run(directory: Path, *words: str, flags: str = SMALL) -> int:
@@ -74,6 +72,11 @@ def read_records(directory: Path) -> list[dict]:
 
 def read_checkpoint(directory: Path, name: str = LAST) -> dict:
     return torch.load(directory / name, map_location="cpu", weights_only=True)
+
+
+def forge(file: Path, to: Path | None = None, **entries) -> None:
+    """Change entries of a checkpoint, or of a copy of it."""
+    torch.save({**read_checkpoint(file.parent, file.name), **entries}, to or file)
 
 
 def one_line(capsys) -> str:
@@ -196,22 +199,26 @@ TEST_BLOCK = {
 }  # `test` of results.json
 
 
-def images_record(train="1a", val="2b", test=None):
-    """A data record with these digests; without held-out images, as without `test`, `val` is the test split."""
+def images_record(**digests):
+    """A data record with these digests of splits, beside those of a run without held-out images."""
     splits = {}
-    for name, digest in (("train", train), ("val", val), ("test", test)):
-        if digest:
-            splits[name] = {"images": 100, "digest": digest * 16}
+    for name, digest in {"train": "1a", "val": "2b", **digests}.items():
+        splits[name] = {"images": 100, "digest": digest * 16}
     return {"class_names": ["a", "b"], "mean": [0.12345678], "std": [0.25], "splits": splits}
 
 
-def make_finished_run(root, name, top1, seed=1, device="H200", results=(), last=(), **config):
+def start_record(device="H200", processes=1):
+    versions = {"python": "3.11", "torch": "2.8", "torchvision": "0.23", "git_commit": "0123456"}
+    return {"epoch": 0, "device_name": device, "processes": processes, **versions}
+
+
+def make_finished_run(root, name, top1, seed=1, results=(), val=(), **config):
     """A run directory; row 8 of Table 1 in the paper's setting unless the config differs."""
     flags = {"classifier_type": "resnet18", "PSKD": True, "BYOT": True, "DML": True, "end_epoch": 300}
-    flags |= {"precision": "fp32", "workers": 4, "run_name": name, "seed": seed}
-    facts = {"torch": "2.8", "device_name": device, "git_commit": "0123456", "data": images_record()}
-    last = {"val": {"final": metrics(top1)}, **dict(last)}
-    best = {**last, "val": {**last["val"], "final": metrics(top1 - 1)}}
+    flags |= {"precision": "fp32", "seed": seed, "run_name": name, "workers": seed, "data_path": "/home/me"}
+    facts = {"data": images_record(), "starts": [start_record()], "changes": []}
+    facts["runtime"] = ["data_path", "run_name", "workers"]
+    last, best = ({**record(299, error), "val": {"final": metrics(error), **dict(val)}} for error in (top1, top1 - 1))
     usual = {"status": "finished", "epochs": 300, "seconds_per_epoch": 10.0, "last": last, "best": best}
     directory = root / name
     directory.mkdir(parents=True)

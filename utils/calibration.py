@@ -18,21 +18,20 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The T between 0.01 and 100 that minimises the NLL of softmax(logits / T) (Guo et al., ICML 2017); None where the
     minimum is not between them, as where every prediction is right and the NLL only falls with T.
 
-    The NLL is convex in s = 1 / T; its derivative, the mean over images of sum_k p_k z_k - z_label, is bisected.
+    The NLL is convex in s = 1 / T; its derivative, the mean over images of sum_k p_k (z_k - z_label), is bisected.
 
     Args:
         logits: (M, K). labels: (M,).
     """
-    chunks = logits.split(rows_per_chunk(logits.shape[1]))
-    z_label = logits.gather(1, labels[:, None]).double().sum()
+    rows = rows_per_chunk(logits.shape[1])
 
     def rises(log_s: Tensor) -> Tensor:
         """Whether the NLL rises with s at s = 10^log_s."""
-        expected = sum(_expected_logits(z.double(), 10**log_s) for z in chunks)
-        return expected > z_label
+        chunks = zip(logits.split(rows), labels.split(rows), strict=True)
+        return sum(_slope(z.double(), label, 10**log_s) for z, label in chunks) > 0
 
     # All on the logits' device, so that only the result is waited for.
-    low, high = map(z_label.new_tensor, LOG_BOUNDS)
+    low, high = torch.tensor(LOG_BOUNDS, dtype=torch.float64, device=logits.device)
     has_minimum = ~rises(low) & rises(high)
     for _ in range(50):
         middle = (low + high) / 2
@@ -42,9 +41,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     return 10 ** -((low + high) / 2).item() if has_minimum else None
 
 
-def _expected_logits(z: Tensor, s: Tensor) -> Tensor:
-    """Sum over images of sum_k p_k z_k, where p is the softmax of s z."""
-    return (z * s).softmax(dim=1).mul_(z).sum()
+def _slope(z: Tensor, labels: Tensor, s: Tensor) -> Tensor:
+    """The derivative of the images' summed NLL by s, where their logits are s z."""
+    above_label = z - z.gather(1, labels[:, None])
+    return (z * s).softmax(dim=1).mul_(above_label).sum()
 
 
 def fit_temperatures(logits: Tensor, labels: Tensor, trained: list[str]) -> dict[str, float | None]:

@@ -75,7 +75,8 @@ def _from_entries(path: Path, entries: dict) -> Checkpoint:
     epoch = entries.pop("epoch")
     json.dumps(entries)  # plain values, as the exports need
     run = from_json(RunRecord, entries)
-    if [record.epoch for record in run.history] != list(range(epoch + 1)):
+    epochs = [record.epoch for record in run.history]
+    if epochs != list(range(len(epochs))) or epochs[-1] != epoch:
         raise ValueError("its history is not one record per epoch")
     if not run.starts:
         raise ValueError("it has no start")

@@ -14,10 +14,8 @@ def exports(run: RunRecord, status: str, runtime_flags: set[str], lines: list[st
         runtime_flags: names of flags that do not define the experiment.
         lines: of metrics.jsonl, one per epoch.
     """
-    record = to_json(run)
-    start = record["starts"][-1]
-    environment = {name: value for name, value in start.items() if name not in ("epoch", "resumed_from")}
-    origin = {name: record[name] for name in ("data", "starts", "changes")}
+    origin = {"data": to_json(run.data), "starts": to_json(run.starts), "changes": to_json(run.changes)}
+    environment = {name: value for name, value in origin["starts"][-1].items() if name not in ("epoch", "resumed_from")}
     config = {**run.args, **environment, **origin, "runtime": sorted(runtime_flags)}
     return {
         "results.json": json.dumps(results(run, status), indent=1) + "\n",

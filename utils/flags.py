@@ -153,12 +153,14 @@ def check_machine(args: argparse.Namespace, fail) -> None:
         fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
     if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
         fail("argument --precision: fp16 needs a GPU of compute capability 7.0 or higher; use fp32")
-    if args.sync_bn and not on_gpu and not args.val_only:
+    if args.val_only:  # what follows concerns training
+        return
+    if args.sync_bn and not on_gpu:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
     if args.cuda_graph and not (on_gpu and launch.WORLD.size == 1):
         fail("argument --cuda_graph: needs one GPU and one process")
     processes = launch.WORLD.size
-    if args.batch_size % processes and not args.val_only:
+    if args.batch_size % processes:
         below = args.batch_size // processes * processes
         near = f"{below} or {below + processes}" if below else str(processes)
         fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {processes} processes; use {near}")
@@ -182,9 +184,12 @@ def _check_paths(args: argparse.Namespace, fail) -> None:
         fail(f"argument --resume: {args.resume!r} does not exist; give a checkpoint or a run directory")
 
 
-def notes(args, device: torch.device) -> list[str]:
-    """Warnings of flags that are allowed but probably not intended."""
+def notes(args, given: set[str], device: torch.device) -> list[str]:
+    """Warnings of flags that are allowed but probably not intended; `given` are those on the command line."""
     found = []
+    if args.lr_schedule == "cosine":
+        unused = sorted(given & {"lr_decay_rate", "lr_decay_schedule"})
+        found += [f"--{name} has no effect with --lr_schedule cosine" for name in unused]
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
     if args.precision == "fp16" and device.type == "cpu":

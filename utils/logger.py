@@ -1,20 +1,18 @@
 """One record per epoch -> the console, experiment.log and TensorBoard; a progress bar on a terminal."""
 
-import importlib.util
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from utils import figures
 from utils.errors import tell
 from utils.exports import report
 from utils.records import SHOWN, EpochRecord, RunRecord, shown_metrics, to_json
+from utils.run_directory import LOG
 
 # Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
 COLUMNS = [*(f"final/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
@@ -28,8 +26,7 @@ class Logger:
         self.num_epochs = num_epochs
         if self.silent:
             return
-        self._draws = importlib.util.find_spec("matplotlib") is not None
-        self._log = open(directory / "experiment.log", "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._log = open(directory / LOG, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
         # An OSError of TensorBoard's own thread is raised again by the next call: no traceback of the thread as well.
         print_traceback = threading.__excepthook__
         threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else print_traceback(args)
@@ -54,22 +51,19 @@ class Logger:
                     means = meter.local_means()  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
-    def start(self, headline: str, notes: list[str], flags: dict, loader, history: list[EpochRecord]) -> None:
-        """Before the first epoch of this command: what is trained, warnings, the flags that define it, the records of
-        earlier epochs, and images of the training loader's current epoch."""
+    def start(self, headline: str, notes: list[str], flags: dict, history: list[EpochRecord]) -> None:
+        """Before the first epoch of this command: what is trained, warnings, the flags that define it, and the
+        records of earlier epochs."""
         if self.silent:
             return
         self.info(headline)
         for note in notes:
             self.info(f"note: {note}")
-        if not self._draws:
-            self.info("note: no pictures in TensorBoard without matplotlib (pip install -r scripts/requirements.txt)")
         flags = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
         for summary in hparams(flags, dict.fromkeys(COLUMNS))[:2]:  # add_hparams would write all scalars again
             self._board.file_writer.add_summary(summary)
         for record in history:
             self._write(record.epoch, scalars(record))
-        self._write(loader.epoch, {}, figures.training_images(loader))
 
     def epoch(self, record: EpochRecord) -> None:
         """After an epoch: its line of metrics.jsonl to TensorBoard, and a summary with the time left to the console."""
@@ -88,31 +82,25 @@ class Logger:
         if record.skipped_steps:
             self.info(f"note: steps skipped because scaled gradients overflowed (fp16): {record.skipped_steps}")
 
-    def finish(self, run: RunRecord, logits: Tensor, labels: Tensor, loader) -> None:
-        """After the last epoch: figures, the test split's metrics, and the table of the results.
-
-        logits (M, K), labels (M,): the last epoch's predictions of the validation loader's images.
-        """
+    def finish(self, run: RunRecord) -> None:
+        """After the last epoch: the test split's metrics, and the table of the results."""
         test = run.test["last"].metrics if run.test else None
         values = {f"test/{name}": value for name, value in shown_metrics(test["final"]).items()} if test else {}
-        self._write(run.history[-1].epoch, values, figures.predictions(logits.cpu(), labels.cpu(), loader))
+        self._write(run.history[-1].epoch, values)
         self.info(report(run))
 
     def close(self) -> None:
         self._board.close()
         self._log.close()
 
-    def _write(self, epoch: int, values: dict[str, float], pictures=()) -> None:
-        """Scalars and (name, figure) pairs to TensorBoard, whose epochs count from 1. Raises OSError naming its
+    def _write(self, epoch: int, values: dict[str, float]) -> None:
+        """Scalars to TensorBoard, whose epochs count from 1. Raises OSError naming its
         directory."""
         if self.silent:
             return
         try:
             for name, value in values.items():
                 self._board.add_scalar(name, value, epoch + 1)
-            if self._draws:
-                for name, figure in pictures:
-                    self._board.add_figure(f"figures/{name}", figure, epoch + 1)
             self._board.flush()
         except OSError as error:  # its own file name would be in bytes
             raise OSError(error.errno, error.strerror, self._board.log_dir) from None

@@ -45,7 +45,7 @@ def all_metrics(samples: Tensor) -> dict[str, float | None]:
         "nll": nll.mean().item(),
         "ece": 100 * expected_calibration_error(confidence, error).item(),
         "aurc": 1000 * aurc.item(),
-        "eaurc": 1000 * (aurc - best_aurc).clamp(min=0).item(),
+        "eaurc": 1000 * (aurc - best_aurc).item(),
         "augrc": 1000 * augrc(confidence, error).item(),
         "auroc_failure": None if auroc is None else 100 * auroc.item(),
         "brier": brier.mean().item(),

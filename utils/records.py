@@ -9,6 +9,7 @@ RunRecord                 a run: flags, images, starts, changes, epochs, test sp
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -162,6 +163,9 @@ def to_json(value):
     return value
 
 
+_type_hints = functools.cache(typing.get_type_hints)  # of a record, looked up for every epoch
+
+
 def from_json(kind, value):
     """The inverse of `to_json`: `kind` is the type of a record or of one of its fields.
 
@@ -177,7 +181,7 @@ def from_json(kind, value):
     if not isinstance(value, expected):
         raise TypeError(f"{value!r} in place of a {container.__name__}")
     if is_record:
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(kind)
         return kind(**{name: from_json(hints.get(name, object), entry) for name, entry in value.items()})
     if container is dict and inner:
         return {name: from_json(inner[1], entry) for name, entry in value.items()}

@@ -19,6 +19,7 @@ from utils.files import link_atomic, write_atomic
 from utils.records import EpochRecord, RunRecord, TestRecord, best_epoch, to_json
 
 # What a run writes beside checkpoints, and --overwrite removes.
+LOG = "experiment.log"
 EXPORTS = ("config.json", "metrics.jsonl", "results.json", "predictions.npz")
 TEMPORARY = re.compile(r"(checkpoint_\w+\.pth|[\w.]+\.jsonl?|predictions\.npz)\.[0-9a-f]{32}\.tmp")
 
@@ -53,15 +54,18 @@ class RunDirectory:
 
     def __exit__(self, kind, error, traceback) -> None:
         is_interrupted = isinstance(error, Interrupted)
+        line = "interrupted: nothing saved yet; rerunning starts from scratch"
+        if self._num_saved:
+            line = f"interrupted: {self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun the same command,"
+            line += " without --overwrite, to resume"
         if self.run is not None and error is not None:
             with contextlib.suppress(OSError, UserError):  # the error itself matters more than these files
                 self.export("interrupted" if is_interrupted else "failed")
+                if is_interrupted:
+                    with open(self.path / LOG, "a", encoding="utf-8") as log:
+                        log.write(f"{line}\n")
         if is_interrupted and launch.WORLD.is_main:
-            what = "nothing saved yet; rerunning starts from scratch"
-            if self._num_saved:
-                what = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun the same command, without"
-                what += " --overwrite, to resume"
-            tell(f"\ninterrupted: {what}", sys.stderr)
+            tell(f"\n{line}", sys.stderr)
         if self._lock is not None:
             self._lock.close()
 
@@ -114,7 +118,7 @@ class RunDirectory:
     def _acquire_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)  # may be a pipe
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
             self._lock = os.fdopen(descriptor)
         except OSError as e:
             raise UserError(f"{self.path} cannot be used as a run directory: {e.strerror}") from None
@@ -157,7 +161,7 @@ class RunDirectory:
         # Event files are rewritten from the history, so that no step is in them twice.
         unwanted += self.path.glob("tensorboard/**/events.out.tfevents.*")
         if checkpoint is None:
-            unwanted += [self.path / name for name in (*EXPORTS, "experiment.log")]
+            unwanted += [self.path / name for name in (*EXPORTS, LOG)]
             unwanted += self.path.glob("checkpoint_*.pth")
         elif len(run.history) < run.args["end_epoch"]:
             unwanted.append(self.path / "predictions.npz")  # of an earlier end
@@ -247,9 +251,11 @@ class RunDirectory:
         results.json comes last when the run is finished, else first: so that a status of "finished" never stands
         beside other files than the finished run's.
         """
-        if not launch.WORLD.is_main or not self._num_saved:
+        if not launch.WORLD.is_main:
             return
         self.check_lock()
+        if not self._num_saved:
+            return
         self._epochs += [to_json(record) for record in self.run.history[len(self._epochs) : self._num_saved]]
         self._lines += [json.dumps(epoch) + "\n" for epoch in self._epochs[len(self._lines) : self._num_saved]]
         saved = dataclasses.replace(self.run, history=self.run.history[: self._num_saved])

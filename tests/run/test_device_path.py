@@ -21,7 +21,7 @@ import data
 import main
 from data import loader
 from models import load_run
-from models.exits import confidence
+from models.early_exit import confidence, multiply_adds, predict_early
 from utils import distributed, engine, launch
 from utils.cuda_graph import GraphedStep
 from utils.errors import Interrupted
@@ -187,10 +187,11 @@ def classify_early(directory: Path, device: str):
     model, info = load_run(directory)
     model.to(device, memory_format=torch.channels_last)
     images = torch.from_numpy(random_images(64, 16, 16)).permute(0, 3, 1, 2).float().to(device) / 128 - 1
-    first_exit, _ = model.predict_early(images, threshold=0)
-    middle = confidence(first_exit, model.temperatures["exit 1"]).mean().item()
-    decisions = [[t.cpu() for t in model.predict_early(images, threshold)] for threshold in (0, middle, 1.01)]
-    return decisions, model.multiply_adds(info["image_size"])
+    temperatures = info["temperatures"]
+    first_exit, _ = predict_early(model, images, 0, temperatures)
+    middle = confidence(first_exit, temperatures["exit 1"]).mean().item()
+    found = [predict_early(model, images, threshold, temperatures) for threshold in (0, middle, 1.01)]
+    return [[t.cpu() for t in pair] for pair in found], multiply_adds(model, info["image_size"], temperatures)
 
 
 @pytest.mark.parametrize("runs", [RUNS[0]], indirect=True)

@@ -219,7 +219,7 @@ def test_a_run_of_two_processes_is_written_once(finished):
 
 
 def test_the_checkpoint_has_the_memory_of_all_processes(finished):
-    memory = read_checkpoint(finished)["objective"]["targets.memory"]
+    memory = read_checkpoint(finished)["objective"]["soften.memory"]
     torch.testing.assert_close(memory.sum(dim=1), torch.ones(40))
 
 

@@ -1,4 +1,4 @@
-"""utils/logger.py and utils/figures.py: event files, experiment.log, progress bar, results table, figures."""
+"""utils/logger.py: event files, experiment.log, progress bar; the table of results."""
 
 import io
 import shutil
@@ -14,51 +14,45 @@ from helpers import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from utils import figures
+from utils import records
+from utils.exports import report
 from utils.logger import Logger
-from utils.metrics import METRICS
-from utils.records import DataRecord, results_table
+from utils.records import METRICS, EpochRecord, RunRecord, from_json
 
 FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
-LABELS = torch.arange(6) % 3
-LOGITS = torch.tensor([[5.0, 0, 0], [4, 0, 0], [0, 1, 2], [0, 3, 0], [0, 9, 0], [1, 0, 2]])  # rows 1 and 3 are wrong
 
-CHOSEN = {"threshold": 0.7, "accuracy": 75.5, "multiply_adds": 130}
-CALIBRATED = {"val": {"ece": 1.25, "nll": 0.4}, "exits": [None, {"ece": 1.5, "nll": 1.0}]}
-TEST = record(2, 25.0)
-TEST["early_exit"] = {"backbone_multiply_adds": 200, "chosen": CHOSEN}
-TEST["calibrated"] = CALIBRATED
-RESULTS = {"last": record(2, 20.0), "best": record(1, 18.0), "test": {"last": TEST}}
+EARLY_EXIT = {"backbone_multiply_adds": 200}
+EARLY_EXIT["chosen"] = {"threshold": 0.7, "heldout_accuracy": 71.5, "heldout_multiply_adds": 120}
+TESTED = {"accuracy": 75.5, "multiply_adds": 130}
+
+
+def run_record(num_epochs: int = 3) -> RunRecord:
+    """Of errors 30, 18 and 20 %; the second epoch is the best, the last was tested."""
+    history = [from_json(EpochRecord, record(i, top1)) for i, top1 in enumerate([30.0, 18.0, 20.0])]
+    last = records.TestRecord(2, {"final": 2.0}, record(2, 25.0)["val"], {"final": {"ece": 1.25, "nll": 0.4}})
+    last.early_exit = {**EARLY_EXIT, "chosen": EARLY_EXIT["chosen"] | TESTED}
+    return RunRecord({}, None, history=history[:num_epochs], test={"last": last})
 
 
 class FakeLoader:
-    """Image i is of one colour, 10 i, and of class i mod 3."""
+    """Two batches, of four and of two images."""
 
-    batch_size, num_samples, epoch = 4, 6, 0
-    # names that are not mathtext, long, in a script that the font lacks
-    record = DataRecord(["$_$", "n" * 5000, "犬"], [], [], {})
+    num_samples, epoch = 6, 0
 
     def __iter__(self):
-        for index in torch.arange(6).split(4):
-            yield self.raw_images(index), LABELS[index], index
-
-    def raw_images(self, index):
-        colours = 10 * index[:, None, None, None]
-        return colours.expand(-1, 3, 8, 8).byte()
-
-    def denormalise(self, images):
-        return images
+        return iter(torch.arange(6).split(4))
 
 
 def log_run(directory: Path) -> EventAccumulator:
     """Log a run of three epochs, the first of which comes from a checkpoint; return its events."""
     log = Logger(directory, 3)
-    log.start("run: resnet18", ["slow"], FLAGS, FakeLoader(), [record(0, 30.0)])
-    log.epoch(record(1, 18.0))
-    log.epoch(record(2, 20.0))
-    log.finish(RESULTS, LOGITS, LABELS, FakeLoader())
+    run = run_record()
+    log.start("run: resnet18", ["slow"], FLAGS, run.history[:1])
+    for epoch in run.history[1:]:
+        log.epoch(epoch)
+    log.finish(run)
     log.close()
-    events = EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0, "images": 0})
+    events = EventAccumulator(str(directory / "tensorboard" / directory.name), {"scalars": 0})
     return events.Reload()
 
 
@@ -101,13 +95,8 @@ def test_metrics_of_the_test_split_are_scalars_of_the_last_epoch(logged):
 
 
 @pytest.mark.parametrize("tag", ["run/alpha_t", "exit 1/nll"])
-def test_values_that_are_null_are_no_scalars(logged, tag):
+def test_what_a_run_does_not_have_is_no_scalar(logged, tag):
     assert tag not in logged.events.Tags()["scalars"]
-
-
-def test_three_figures_are_written(logged):
-    names = {"figures/training_images", "figures/predictions", "figures/mistakes"}
-    assert set(logged.events.Tags()["images"]) == names
 
 
 def test_log_file_holds_what_was_printed(logged):
@@ -154,18 +143,12 @@ def test_console_and_tensorboard_show_the_six_metrics_only(logged, name):
         assert (f"{classifier}/{name}" in logged.events.Tags()["scalars"]) == metric.shown
 
 
-def test_without_matplotlib_no_figures_and_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not log_run(tmp_path).Tags()["images"]
-    assert capsys.readouterr().out.count("scripts/requirements.txt") == 1
-
-
 def test_lost_tensorboard_folder_is_one_error_that_names_it(tmp_path):
     log = Logger(tmp_path, 3)
     shutil.rmtree(tmp_path / "tensorboard")
     lost = tmp_path / "tensorboard" / tmp_path.name
     with pytest.raises(OSError) as error:
-        log.epoch(record(0, 30.0))
+        log.epoch(run_record().history[0])
     assert error.value.filename == str(lost)
 
 
@@ -196,8 +179,8 @@ def draw_bar(directory: Path | None, is_terminal: bool, monkeypatch) -> str:
     monkeypatch.setattr("tqdm.std.time", clock.__next__)  # every look at the clock is 2 s later
     meter = SimpleNamespace(num_images=0)
     meter.local_means = lambda: {"loss": 1.25, "top1_error": float(meter.num_images)}
-    for _, labels, _ in Logger(directory, 3).bar(FakeLoader(), meter):
-        meter.num_images += len(labels)
+    for batch in Logger(directory, 3).bar(FakeLoader(), meter):
+        meter.num_images += len(batch)
     return stream.getvalue()
 
 
@@ -213,81 +196,38 @@ def test_no_bar_in_other_processes(monkeypatch):
     assert draw_bar(None, True, monkeypatch) == ""
 
 
-def sheet_of(figure) -> list[list]:
-    """Of each image of a sheet, its colour and the lines above it."""
-    found = []
-    for axis in figure.axes:
-        colour = axis.images[0].get_array()[0, 0, 0]
-        found.append([colour, *axis.get_title().split("\n")])
-    return found
+def rows_of(run: RunRecord) -> list[list[str]]:
+    """Of the report, line by line: the words, without the headings and units."""
+    return [line.split() for line in report(run).splitlines()][2:]
 
 
-NAMES = [name[:24] for name in FakeLoader.record.class_names]
+def test_report_has_blocks_of_last_test_and_best_and_a_row_for_each_classifier():
+    rows = rows_of(run_record())
+    firsts = " ".join(row[0] for row in rows)
+    assert firsts == "last exit final ensemble last exit final ensemble last final best exit final ensemble last"
+    assert rows[1] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
+    assert [row[-6] for row in (*rows[2:4], *rows[5:8], rows[12])] == [
+        "20.00",
+        "19.00",
+        "30.00",
+        "25.00",
+        "24.00",
+        "18.00",
+    ]
+    assert rows[9] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
 
 
-def test_sheet_of_training_images_names_their_classes():
-    ((_, figure),) = figures.training_images(FakeLoader())
-    first, second, third = NAMES
-    assert sheet_of(figure) == [[0, first], [10, second], [20, third], [30, first]]
+@pytest.mark.parametrize("has_test_split, error, share", [(True, "24.50", "65"), (False, "28.50", "60")])
+def test_report_has_threshold_error_and_cost_of_early_exit(has_test_split, error, share):
+    run = run_record()
+    if not has_test_split:
+        run.test["last"] = records.TestRecord(2, {"final": 2.0}, early_exit=EARLY_EXIT)
+    words = rows_of(run)[-1]
+    assert words[:3] == ["last", "epoch", "(3):"]
+    assert {"0.70,", error, share} <= set(words)
 
 
-@pytest.mark.filterwarnings("error:Glyph")
-def test_class_names_that_the_font_lacks_give_no_warning():
-    for _, figure in figures.training_images(FakeLoader()):
-        figure.savefig(io.BytesIO())
-
-
-def test_sheet_of_mistakes_names_true_and_predicted_class_the_most_confident_first():
-    _, (_, figure) = figures.predictions(LOGITS, LABELS, FakeLoader())
-    first, second, _ = NAMES
-    # softmax of (4, 0, 0) and of (0, 3, 0)
-    assert sheet_of(figure) == [[10, second, first, "96.5 %"], [30, first, second, "90.9 %"]]
-
-
-def test_reliability_diagram_shows_means_over_runs_of_the_bins_that_all_have():
-    first = (torch.tensor([0.95, 0.95, 0.55, 0.55]).double(), torch.tensor([1, 0, 0, 0]).double())
-    second = (torch.tensor([0.91, 0.91, 0.51, 0.05]).double(), torch.tensor([0, 0, 1, 1]).double())
-    with figures.drawing() as Figure:
-        axis = Figure().subplots()
-        figures.reliability_diagram(axis, [first, second], color="black")
-    points = axis.collections[1]
-    low, high = points.get_offsets().tolist()
-    assert low == pytest.approx([53, 50])
-    assert high == pytest.approx([93, 75])
-    small, large = points.get_sizes()
-    assert small / large == pytest.approx(3 / 4)  # 1.5 and 2 of 4 images
-
-
-ROWS = [line.split() for line in results_table(RESULTS).splitlines()]
-
-
-def test_results_table_has_blocks_of_last_test_and_best():
-    lines = results_table(RESULTS).splitlines()
-    titles = [line.split()[0] for line in lines if line[0] != " "]
-    assert titles == ["last", "last", "last", "best"]
-
-
-def test_results_table_has_a_row_for_each_trained_classifier():
-    assert ROWS[3] == ["exit", "2", "25.00", "4.00", "0.5000", "3.00", "50.00", "20.00"]
-    assert ROWS[4][:2] == ["final", "20.00"]
-    assert ROWS[5][:2] == ["ensemble", "19.00"]
-
-
-def test_results_table_has_the_test_split():
-    errors = [row[-6] for row in ROWS[7:10]]
-    assert errors == ["30.00", "25.00", "24.00"]
-
-
-def test_results_table_has_what_a_temperature_changes():
-    assert ROWS[12] == ["final", "-", "-", "0.4000", "1.25", "-", "-"]
-
-
-def test_results_table_has_threshold_error_and_cost_of_early_exit():
-    line = results_table(RESULTS).splitlines()[13]
-    for number in ("0.70", "24.50 %", " 65 %"):
-        assert number in line
-
-
-@pytest.mark.parametrize("results", [{"last": record(2, 18.0), "best": record(2, 18.0)}, {"last": record(2, 18.0)}])
-def test_results_table_has_one_block_for_one_epoch(results):
-    assert results_table(results).count("final") == 1
+def test_report_has_one_block_for_one_epoch():
+    run = run_record(num_epochs=2)
+    run.test = None
+    assert [row[0] for row in rows_of(run)] == ["last", "exit", "final", "ensemble"]

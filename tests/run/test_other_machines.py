@@ -140,26 +140,6 @@ def test_a_name_cannot_forge_a_line(capsys):
     assert capsys.readouterr().err == "error: class b\\x1b[31m\\nerror: forged\\udce9 ü\n"
 
 
-def test_class_names_that_no_font_has_are_drawn():
-    pytest.importorskip("matplotlib")
-    import torch
-
-    from utils import figures
-
-    with figures.drawing() as Figure:
-        image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-        figure = figures.image_sheet(Figure, image, [["caf\udce9\x1b\n"]], "title")
-        figure.canvas.draw()
-    assert figure.axes[0].get_title() == r"caf\udce9\x1b\n"
-
-
-def test_a_notebook_s_backend_is_not_used():
-    pytest.importorskip("matplotlib")
-    code = "from utils import figures\nwith figures.drawing() as Figure: Figure().canvas.draw()"
-    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | backend, check=True)
-
-
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
 def test_signals_that_ask_to_end_interrupt(number):
     before = signal.getsignal(number)
@@ -169,7 +149,7 @@ def test_signals_that_ask_to_end_interrupt(number):
     assert signal.getsignal(number) is before
 
 
-SCRIPTS = ("benchmark", "draw_method", "plot", "predict", "summarize", "train_table")
+SCRIPTS = ("benchmark", "plot", "predict", "summarize", "train_table")
 
 
 @pytest.mark.slow

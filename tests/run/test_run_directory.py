@@ -11,11 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import SMALL, before_step, bits, content, files, read, read_checkpoint, read_records, run, train
+from helpers import before_step, bits, content, files, read, read_checkpoint, read_records, run, train
 
 import main
+from models import load_run
 from utils import checkpoint, run_directory
-from utils.checkpoint import BEST, LAST, PREVIOUS
+from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
+from utils.errors import UserError
+from utils.records import EpochRecord, from_json
 
 STEPS = 2  # per epoch
 DISK = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -39,9 +42,12 @@ def test_stopped_in_any_epoch_equals_uninterrupted(epoch, number, printed, finis
     interrupt(monkeypatch, epoch, number)
     assert train(directory) == 128 + number
     assert printed in capsys.readouterr().err
-    assert read(directory)["status"] == "interrupted"
-    assert len(read_records(directory)) == epoch
+    if epoch:
+        assert read(directory)["status"] == "interrupted"
+        assert len(read_records(directory)) == epoch
     assert train(directory) == 0
+    log = (directory / "experiment.log").read_text()
+    assert (printed in log) == (f"checkpoint_last.pth: {epoch} of 3 epochs are done" in log) == (epoch > 0)
     assert content(directory) == content(finished)
     starts = read(directory, "config.json")["starts"]
     assert [start["epoch"] for start in starts] == sorted({0, epoch})
@@ -81,8 +87,8 @@ def old(finished, tmp_path_factory) -> Path:
     saved = read_checkpoint(finished, PREVIOUS)
     del saved["args"]["label_smoothing"], saved["args"]["cuda_graph"]
     for record in saved["history"]:
-        record["val"]["top1_error"] = 0.0
-        del record["val"]["eaurc"], record["seconds_validation"], record["seconds_saving"]
+        record["val"]["final"]["top1_error"] = 0.0
+        del record["val"]["final"]["eaurc"], record["seconds_validation"], record["seconds_saving"]
     torch.save(saved, directory / LAST)
     best = {**saved, "epoch": 0, "history": saved["history"][:1]}
     torch.save(best, directory / BEST)
@@ -96,7 +102,7 @@ def resumed(old, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 0)
         assert train(new, "--resume", str(old)) == 143
-    assert read_records(new) == read_checkpoint(old)["history"]
+    assert [record["epoch"] for record in read_records(new)] == [0, 1]
     assert train(new, "--resume", str(old)) == 0
     return new
 
@@ -109,7 +115,8 @@ def test_resumed_in_another_directory_ends_in_the_same_bits(resumed, finished):
 
 
 def test_resumed_in_another_directory_keeps_the_records_it_came_with(resumed, old):
-    assert read_records(resumed)[:2] == read_checkpoint(old)["history"]
+    for ours, theirs in zip(read_records(resumed), read_checkpoint(old)["history"], strict=False):
+        assert theirs.items() <= ours.items()
 
 
 def test_resumed_in_another_directory_tests_the_best_epoch_it_came_with(resumed):
@@ -118,33 +125,42 @@ def test_resumed_in_another_directory_tests_the_best_epoch_it_came_with(resumed)
     assert test["best"]["epoch"] == 0
 
 
-def test_run_that_was_started_from_another_checkpoint_is_refused(resumed, finished, refused):
-    error = refused(train, resumed, "--resume", str(finished))
-    assert f"holds a run that was not started from {finished}" in error
+def test_resumed_in_another_directory_names_the_checkpoint_that_it_went_on_from(resumed, old):
+    origins = [start.get("resumed_from") for start in read(resumed, "config.json")["starts"]]
+    assert origins == [None, str(old / LAST), None]
 
 
-def test_checkpoint_that_the_run_was_started_from_has_many_names(resumed, old, capsys):
-    for name in (old / LAST, os.path.relpath(old), f"{old}/."):
-        assert train(resumed, "--resume", str(name)) == 0
-        assert "is finished" in capsys.readouterr().out
+def test_directory_goes_on_from_its_own_checkpoint_whatever_resume_says(resumed, finished, capsys, monkeypatch):
+    before = files(resumed)
+    monkeypatch.chdir(resumed.parent)
+    for path, is_other in ((finished, True), (resumed / BEST, True), (resumed / LAST, False), (Path("new"), False)):
+        assert train(resumed, "--resume", str(path)) == 0
+        line = f"{resumed} goes on from its own checkpoint, not from {path}\n"
+        assert (line in capsys.readouterr().out) == is_other
+    assert files(resumed) == before
 
 
-def test_run_that_goes_on_keeps_what_it_was_started_from(resumed, old, tmp_path):
-    run = shutil.copytree(resumed, tmp_path / "run")
-    assert train(run, "--end_epoch", "4", "--allow_change", "end_epoch") == 0
-    assert read(run, "config.json")["resume"] == str(old)
-    assert read_checkpoint(run)["args"]["resume"] == str(old)
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_without_the_best_epoch_s_checkpoint_no_other_takes_its_place(is_moved, old, tmp_path):
+    shutil.copyfile(old / LAST, tmp_path / ("checkpoint_epoch1.pth" if is_moved else LAST))
+    words = ["--resume", str(tmp_path / "checkpoint_epoch1.pth")] if is_moved else []
+    directory = tmp_path / "new" if is_moved else tmp_path
+    assert train(directory, *words) == 0
+    assert read(directory)["best"]["epoch"] == 0
+    assert read(directory)["test"].keys() == {"last"}
+    assert not (directory / BEST).exists()
+
+
+def test_load_run_refuses_a_best_checkpoint_of_another_epoch(old, tmp_path):
+    shutil.copyfile(old / LAST, tmp_path / BEST)
+    with pytest.raises(UserError, match="is of epoch 2, which is not the best of its run"):
+        load_run(tmp_path, "best")
 
 
 def test_directory_without_a_checkpoint_is_named(tmp_path, refused):
     (tmp_path / "empty").mkdir()
     error = refused(train, tmp_path / "run", "--resume", str(tmp_path / "empty"))
     assert error.startswith(f"error: {tmp_path / 'empty'} holds no checkpoint")
-
-
-def test_other_checkpoint_of_the_same_directory_is_refused(resumed, refused):
-    error = refused(train, resumed, "--resume", str(resumed / BEST))
-    assert f"continues from its {LAST}" in error
 
 
 def test_finished_run_says_so_and_changes_nothing(finished, capsys):
@@ -161,26 +177,13 @@ def test_lost_file_of_a_finished_run_is_written_again(name, finished, copied):
     assert content(copied) == content(finished)
 
 
-OTHERS = [  # flags of another experiment, and how they are named
-    ("--width 8 --lr 0.1", "--lr 0.05 -> 0.1, --width 4 -> 8"),
-    ("--DML_on_output --limit_train 20", "--DML_on_output False -> True, --limit_train None -> 20"),
-    ("--end_epoch 4", "--end_epoch 3 -> 4"),
-    ("--end_epoch 2 --allow_end_epoch_change", "has 3 epochs already, more than --end_epoch 2"),
-]
-
-
-@pytest.mark.parametrize(("words", "named"), OTHERS)
-def test_another_experiment_is_refused_by_name(words, named, finished, refused):
+def test_another_experiment_is_refused_before_anything_is_written(finished, tmp_path, refused):
     before = files(finished)
-    assert named in refused(train, finished, *words.split())
+    for words in ([], ["--resume", str(finished)]):
+        directory = tmp_path / "new" if words else finished
+        assert "lr 0.05 -> 0.1, width 4 -> 8" in refused(train, directory, "--width", "8", "--lr", "0.1", *words)
     assert files(finished) == before
-
-
-@pytest.mark.parametrize(("words", "named"), OTHERS)
-def test_another_experiment_in_a_new_directory_is_refused_by_name(words, named, finished, tmp_path, refused):
-    new = tmp_path / "new"
-    assert named in refused(train, new, *words.split(), "--resume", str(finished))
-    assert not new.exists()
+    assert not (tmp_path / "new").exists()
 
 
 EPOCHS = [  # top-1 error, seconds of the epoch, seconds that a write would take, whether the epoch is saved
@@ -216,15 +219,15 @@ def test_epochs_are_saved_by_what_saving_costs_and_records_never_run_ahead(finis
     clock = Clock(monkeypatch)
     usual = read_records(finished)[0]
     history = []
-    args = main.parse_args([*SMALL.split(), "--end_epoch", str(len(EPOCHS))])
-    with run_directory.RunDirectory(tmp_path / "run", vars(args), main.build_parser().differences) as directory:
-        directory.open()
-        directory.begin({}, {}, None)
+    run = load_checkpoint(finished / LAST).run
+    run.history, run.args["end_epoch"] = [], len(EPOCHS)
+    with run_directory.RunDirectory(tmp_path / "run", set()) as directory:
+        directory.begin(run, directory.open(None, False))
         for epoch, (error, seconds, clock.writing, is_saved) in enumerate(EPOCHS):
             clock.now += seconds
-            record = {**usual, "epoch": epoch, "val": {"top1_error": error}}
+            record = {**usual, "epoch": epoch, "val": {"final": {"top1_error": error}}}
             history.append(record)
-            directory.save(record, lambda: {"model": {}})
+            directory.save(from_json(EpochRecord, record), dict)
             saved = history if is_saved else history[:-1]
             assert read_checkpoint(directory.path)["history"] == saved
             assert read_records(directory.path) == saved

@@ -1,16 +1,19 @@
-"""Which run is this, and what may be removed: other runs' files, stale checkpoints, allowed changes."""
+"""Which run is this: flags that may differ, what is exported, stale checkpoints, files of something else."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import bits, files, read, read_records, train, val_only
+from helpers import bits, files, forge, read, read_checkpoint, read_records, train, val_only
 
 import main
 from utils import run_directory
-from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint, write_checkpoint
-
-EXPORTS = ("config.json", "metrics.jsonl", "results.json")
+from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
+from utils.errors import UserError
+from utils.exports import exports
+from utils.records import Change
+from utils.resume import check_flags, check_length
 
 
 @pytest.fixture
@@ -20,23 +23,65 @@ def stopped(copied) -> Path:
     return copied
 
 
-def forge(file: Path, **entries) -> None:
-    write_checkpoint(file, load_checkpoint(file) | entries)
+DEFAULTS = {"lr": 0.1, "width": 64, "end_epoch": 300, "precision": "fp32", "DML": False}
+FILE = Path("run", LAST)
 
 
-def first_epochs(directory: Path) -> list[int]:
-    """Of each start of the run."""
-    starts = read(directory, "config.json")["starts"]
-    return [start["epoch"] for start in starts]
+def changes(now: dict, before: dict | None = None, allowed=()) -> list[Change]:
+    return check_flags(FILE, DEFAULTS | (before or {}), DEFAULTS | now, DEFAULTS, list(allowed))
 
 
-def test_finished_run_is_extended_by_permission(copied):
-    assert train(copied, "--end_epoch", "4", "--allow_end_epoch_change") == 0
-    assert len(read_records(copied)) == 4
+def test_same_flags_are_no_change():
+    assert changes({}) == []
+
+
+def test_flag_that_one_version_lacks_has_its_default():
+    new = {**DEFAULTS, "new": 3}
+    for before, now in ((DEFAULTS, new), (new, DEFAULTS)):
+        assert check_flags(FILE, before, now, new, []) == []
+
+
+def test_other_flags_are_refused_by_name():
+    with pytest.raises(UserError, match=r"^run/checkpoint_last.pth .*: DML True -> False, lr 0.1 -> 0.2; .*--weights"):
+        changes({"lr": 0.2}, {"DML": True})
+
+
+@pytest.mark.parametrize("name, value", [("end_epoch", 4), ("precision", "bf16")])
+def test_change_is_returned_where_it_is_allowed(name, value):
+    assert changes({name: value}, allowed=[name]) == [Change(name, DEFAULTS[name], value)]
+
+
+@pytest.mark.parametrize("others", [{}, {"lr": 0.2}])
+def test_permission_is_suggested_only_where_it_suffices(others):
+    with pytest.raises(UserError) as error:
+        changes({"end_epoch": 4, **others})
+    assert ("--allow_change end_epoch " in str(error.value)) == (not others)
+
+
+def test_more_epochs_than_asked_for_are_refused():
+    check_length(FILE, 3, 3)
+    with pytest.raises(UserError, match="has 3 epochs already, more than --end_epoch 2"):
+        check_length(FILE, 3, 2)
+
+
+def test_runs_are_exported_without_a_disk(finished):
+    run = load_checkpoint(finished / LAST).run
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    contents = exports(run, "finished", main.RUNTIME_FLAGS, lines)
+    assert list(contents) == ["results.json", "metrics.jsonl", "config.json"]
+    for name, text in contents.items():
+        assert (finished / name).read_text() == text
+
+
+@pytest.mark.parametrize("name, before, after", [("end_epoch", 3, 4), ("precision", "fp32", "bf16")])
+def test_run_goes_on_with_a_change_that_is_allowed(name, before, after, copied):
+    if name == "precision":
+        (copied / LAST).unlink()
+    done = load_checkpoint(copied / (LAST if name == "end_epoch" else PREVIOUS)).epoch + 1
+    assert train(copied, f"--{name}", str(after), "--allow_change", name) == 0
     assert read(copied)["status"] == "finished"
-    change = {"epoch": 3, "name": "end_epoch", "before": 3, "after": 4}
-    assert read(copied, "config.json")["changes"] == [change]
-    assert load_checkpoint(copied / LAST)["changes"] == [change]
+    change = {"name": name, "before": before, "after": after, "epoch": done}
+    assert read(copied, "config.json")["changes"] == read_checkpoint(copied)["changes"] == [change]
 
 
 def test_default_drops_move_with_the_length(copied):
@@ -46,28 +91,10 @@ def test_default_drops_move_with_the_length(copied):
     assert [record["lr"] for record in read_records(copied)] == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005])
 
 
-def test_other_precision_is_refused_without_permission(stopped, refused):
-    assert "--precision fp32 -> bf16" in refused(train, stopped, "--precision", "bf16")
-
-
-def test_permission_is_suggested_only_where_it_suffices(stopped, refused):
-    assert "(--allow_change end_epoch " in refused(train, stopped, "--end_epoch", "4")
-    assert "(--allow_change end_epoch lr_decay_schedule " in refused(train, stopped, "--end_epoch", "5")
-    error = refused(train, stopped, "--end_epoch", "4", "--seed", "5")
-    assert "--end_epoch 3 -> 4" in error
-    assert "--allow_change" not in error
-
-
-def test_precision_changes_by_permission(stopped):
-    assert train(stopped, "--precision", "bf16", "--allow_change", "precision") == 0
-    change = {"epoch": 2, "name": "precision", "before": "fp32", "after": "bf16"}
-    assert read(stopped, "config.json")["changes"] == [change]
-
-
 def test_killed_while_a_finished_run_is_extended_leaves_no_finished_results(copied, monkeypatch):
     monkeypatch.setattr(main, "Logger", lambda *_: 1 / 0)  # just after the exports
     with pytest.raises(ZeroDivisionError):
-        train(copied, "--end_epoch", "5", "--allow_end_epoch_change")
+        train(copied, "--end_epoch", "5", "--allow_change", "end_epoch")
     results = read(copied)
     assert results["status"] == "failed"
     assert results["epochs"] == 3
@@ -83,31 +110,31 @@ def test_results_say_running_before_config_is_replaced(copied, monkeypatch):
         write(path, content)
 
     monkeypatch.setattr(run_directory, "write_atomic", record)
-    assert train(copied, "--end_epoch", "4", "--allow_end_epoch_change") == 0
+    assert train(copied, "--end_epoch", "4", "--allow_change", "end_epoch") == 0
     assert written[:2] == ["results.json", "config.json"]
     assert written[-1] == "results.json"
 
 
 def test_stale_best_checkpoint_is_not_taken(finished, stopped):
     """Another run's, with a lower error."""
-    stale = load_checkpoint(stopped / PREVIOUS)
-    for record in stale["history"]:
-        record["val"]["top1_error"] -= 1
-    write_checkpoint(stopped / BEST, stale)
+    history = read_checkpoint(stopped, PREVIOUS)["history"]
+    for record in history:
+        record["val"]["final"]["top1_error"] -= 1
+    forge(stopped / PREVIOUS, stopped / BEST, history=history)
     assert train(stopped) == 0
-    history = load_checkpoint(stopped / BEST)["history"]
-    assert history == load_checkpoint(stopped / LAST)["history"][: len(history)]
+    assert not (stopped / BEST).exists()
+    assert read(stopped)["test"].keys() == {"last"}
     assert bits(read(stopped)["test"]["last"]) == bits(read(finished)["test"]["last"])
 
 
 def test_lost_best_checkpoint_of_the_last_epoch_is_linked_again(copied):
-    history = load_checkpoint(copied / LAST)["history"]
-    history[-1]["val"]["top1_error"] = 0.0
+    history = read_checkpoint(copied)["history"]
+    history[-1]["val"]["final"]["top1_error"] = 0.0
     forge(copied / LAST, history=history, finished=False)
     (copied / BEST).unlink()
     assert train(copied) == 0
     assert read(copied)["best"]["epoch"] == 2
-    assert load_checkpoint(copied / BEST)["epoch"] == 2
+    assert load_checkpoint(copied / BEST).epoch == 2
 
 
 @pytest.mark.parametrize("resumes", [False, True])
@@ -117,29 +144,23 @@ def test_results_whose_checkpoints_were_removed_are_kept(resumes, finished, copi
     before = files(copied)
     words = ["--resume", str(finished)] if resumes else []
     error = refused(train, copied, *words)
-    assert "whose checkpoints are gone" in error
-    assert "--overwrite" in error
+    assert "is there, but no checkpoint_last.pth to go on from" in error
     assert files(copied) == before
 
 
-FOREIGN = ["checkpoint_final.pth", "predictions.npz", "val.json", "results.json", "config.json", "experiment.log"]
-
-
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", [*run_directory.EXPORTS, "checkpoint_final.pth"])
 def test_directory_with_files_of_something_else_is_refused(name, tmp_path, refused):
-    file = tmp_path / "run" / name
-    file.parent.mkdir()
-    file.write_text("precious")
-    assert f"{name} is not this run's" in refused(train, file.parent)
-    assert file.read_text() == "precious"
+    (tmp_path / name).write_text("precious")
+    assert f"{tmp_path / name} is there, but no {LAST}" in refused(train, tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
 
 
-def test_directory_of_a_run_that_stopped_before_its_first_save_is_used_again(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text('{"status": "interrupted", "epochs": 0}')
-    (tmp_path / "run" / "experiment.log").write_text("first start\n")
-    assert train(tmp_path / "run") == 0
-    assert len(read_records(tmp_path / "run")) == 3
+def test_named_pipes_stop_nothing(stopped, finished):
+    for name in (".lock", "config.json"):
+        (stopped / name).unlink()
+        os.mkfifo(stopped / name)
+    assert train(stopped) == 0
+    assert read(stopped, "config.json")["starts"][0] == read(finished, "config.json")["starts"][0]
 
 
 def test_only_temporary_files_of_a_run_are_removed(stopped):
@@ -150,7 +171,7 @@ def test_only_temporary_files_of_a_run_are_removed(stopped):
     assert names == ["notes.tmp"]
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json"])
 def test_exports_are_written_again_but_never_read_back(name, finished, copied):
     (copied / name).write_text("[not JSON")
     assert train(copied) == 0
@@ -166,31 +187,32 @@ def test_finished_run_is_known_by_its_checkpoint(copied, capsys):
     assert files(copied) == before
 
 
-FORGED = {"args": {"width": "x", "help": True}, "starts": [{"epoch": 0}]}
+DEEP = []
+for _ in range(300):
+    DEEP = [DEEP]
+FORGED = {
+    "args": {"width": "x", 5: True},
+    "starts": [{"epoch": 0}],
+    "data": {"class_names": "ab"},
+    "test": {"last": {"epoch": 0, "temperatures": [1.0]}},
+    "changes": DEEP,
+}
 
 
 @pytest.mark.parametrize("entry", FORGED)
-def test_forged_content_with_right_checksums_is_one_line_that_names_the_file(entry, copied, refused):
+def test_forged_content_with_right_checksums_is_one_line_that_names_the_file(entry, copied, tmp_path, refused):
     forge(copied / LAST, **{entry: FORGED[entry]})
+    (copied / PREVIOUS).unlink()
     before = files(copied)
     assert str(copied / LAST) in refused(train, copied)
-    assert files(copied) == before
-
-
-def test_val_only_refuses_forged_flags(copied, tmp_path, refused):
-    forge(copied / LAST, args=FORGED["args"])
     assert str(copied / LAST) in refused(val_only, copied, tmp_path / "out")
-
-
-def test_val_only_does_not_need_the_starts(copied, tmp_path):
-    forge(copied / LAST, starts=FORGED["starts"])
-    assert val_only(copied, tmp_path / "out") == 0
+    assert files(copied) == before
 
 
 def set_momentum(directory: Path, tensor: torch.Tensor | None) -> None:
     """Of the first weight, in a run of which the last epoch is left to train."""
     (directory / PREVIOUS).rename(directory / LAST)
-    optimizer = load_checkpoint(directory / LAST)["optimizer"]
+    optimizer = read_checkpoint(directory)["optimizer"]
     optimizer["state"][0] = {"momentum_buffer": tensor} if tensor is not None else {}
     forge(directory / LAST, optimizer=optimizer)
 

@@ -14,7 +14,7 @@ from models import build_model
 from utils import distributed, engine, flags, launch, metrics
 from utils.errors import NonFiniteError
 from utils.launch import World
-from utils.metrics import METRICS, classification_metrics, extended_metrics
+from utils.metrics import all_metrics, per_sample
 
 CPU = torch.device("cpu")
 ALL = "--PSKD --BYOT --DML --end_epoch 2"
@@ -203,7 +203,7 @@ def test_a_skipped_step_keeps_its_loss_and_predictions():
 
 
 def test_fp16_on_a_cpu_is_accepted_with_a_note():
-    notes = flags.notes(parse("--precision fp16"), CPU)
+    notes = flags.notes(parse("--precision fp16"), set(), CPU)
     assert any("fp16 on a CPU" in note for note in notes)
 
 
@@ -246,63 +246,49 @@ LOGITS = torch.tensor(CLASSIFIERS, dtype=torch.float64).log()
 LABELS = torch.tensor([0, 1])
 
 
+NAMES = ["exit 1", "exit 2", "final"]
+
+
 def metrics_of(logits) -> dict[str, float]:
-    return classification_metrics(logits, LABELS) | extended_metrics(logits, LABELS)
+    return all_metrics(per_sample(logits, LABELS))
 
 
-def test_evaluate_gives_metrics_of_all_classifiers():
-    record = engine.evaluate(LOGITS, LABELS, [True, True])
-    one, two, final = map(metrics_of, LOGITS)
-    assert record["exits"] == [one, two]
-    assert record["val"] == final
+@pytest.mark.parametrize("trained", [NAMES, ["exit 1", "final"], ["exit 2", "final"], ["final"]])
+def test_evaluate_gives_metrics_of_trained_classifiers_and_of_the_ensemble_of_several(trained):
+    found = engine.evaluate(LOGITS, LABELS, trained)
+    assert list(found) == [*trained, "ensemble"][: None if len(trained) > 1 else 1]
+    for name, logits in zip(NAMES, LOGITS, strict=True):
+        if name in trained:
+            assert found[name] == metrics_of(logits)
 
 
-def test_evaluate_gives_none_for_an_exit_that_no_loss_trains():
-    for trained in ([True, False], [False, True], [False, False]):
-        record = engine.evaluate(LOGITS, LABELS, trained)
-        expected = [metrics_of(z) if ok else None for z, ok in zip(LOGITS, trained, strict=False)]
-        assert record["exits"] == expected
-        assert record["val"] == metrics_of(LOGITS[2])
-
-
-def test_evaluate_without_exits():
-    record = engine.evaluate(LOGITS[2:], LABELS, [])
-    assert record == {"val": metrics_of(LOGITS[2]), "exits": [], "ensemble": None}
-
-
-def nll_of_ensemble(logits, labels, trained: list[bool]) -> float:
+def nll_of_ensemble(logits, labels, trained: list[str]) -> float:
     return engine.evaluate(logits, labels, trained)["ensemble"]["nll"]
 
 
 def test_ensemble_is_the_mean_probability_of_trained_classifiers():
-    record = engine.evaluate(LOGITS, LABELS, [True, True])
-    assert record["ensemble"].keys() == METRICS.keys()
     # Of all: (0.8 + 0.1 + 0.4) / 3 for class 0 of the first image, (0.7 + 0.1 + 0.8) / 3 for class 1 of the second.
-    of_all = nll_of_ensemble(LOGITS, LABELS, [True, True])
+    of_all = nll_of_ensemble(LOGITS, LABELS, NAMES)
     assert of_all == pytest.approx(-(log(1.3 / 3) + log(1.6 / 3)) / 2, rel=1e-12)
-    of_two = nll_of_ensemble(LOGITS, LABELS, [True, False])
+    of_two = nll_of_ensemble(LOGITS, LABELS, ["exit 1", "final"])
     assert of_two == pytest.approx(-(log(0.6) + log(0.75)) / 2, rel=1e-12)
-
-
-def test_ensemble_of_one_is_none():
-    assert engine.evaluate(LOGITS, LABELS, [False, False])["ensemble"] is None
 
 
 def test_ensemble_of_probabilities_below_the_smallest_float():
     """-log((exp(-800) + exp(-900)) / 2) = 800 + log 2, though exp(-800) is 0 in float64."""
     logits = torch.tensor([[[0.0, 800.0]], [[0.0, 900.0]]])
-    assert nll_of_ensemble(logits, LABELS[:1], [True]) == pytest.approx(800 + log(2), rel=1e-12)
+    assert nll_of_ensemble(logits, LABELS[:1], ["exit 1", "final"]) == pytest.approx(800 + log(2), rel=1e-12)
 
 
 def test_evaluate_in_chunks_of_rows_gives_every_row_its_metrics(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 50, 7, generator=generator)
     labels = torch.randint(7, (50,), generator=generator)
-    expected = engine.evaluate(logits, labels, [True, True])
+    expected = engine.evaluate(logits, labels, NAMES)
     monkeypatch.setattr(metrics, "CHUNK", 3 * 7)
-    record = engine.evaluate(logits, labels, [True, True])
-    assert record["val"] == pytest.approx(expected["val"], rel=1e-12)
-    assert record["ensemble"] == pytest.approx(expected["ensemble"], rel=1e-12)
+    found = engine.evaluate(logits, labels, NAMES)
+    for name in ("final", "ensemble"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-12)
 
 
 @pytest.mark.parametrize("classifier", [0, 2])
@@ -310,7 +296,7 @@ def test_evaluate_refuses_logits_that_are_not_finite_by_an_error_of_their_own(cl
     logits = LOGITS.clone()
     logits[classifier, 1, 0] = nan
     with pytest.raises(NonFiniteError):
-        engine.evaluate(logits, LABELS, [True, True])
+        engine.evaluate(logits, LABELS, NAMES)
 
 
 MEANS = {"loss": 1.5, "ce": 1.0, "dml": 0.5, "top1_error": 50.0}

@@ -248,6 +248,9 @@ def test_metrics(name):
 # Networks.
 
 
+RESNETS = [name for name in MODELS if "resne" in name]
+
+
 def golden_network(name: str) -> dict:
     """ResNet-18 and -50 stand in the golden file under the published script's names."""
     if name not in NETWORKS:
@@ -261,7 +264,7 @@ def count_parameters(name: str, method: str, num_classes: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RESNETS)
 def test_parameter_counts(name):
     golden = golden_network(name)
     total = golden.get("parameters_without_unused", golden["total_parameters"])
@@ -312,7 +315,7 @@ def fill_with_sine(model, golden: dict) -> None:
             module.weight += 1
 
 
-@pytest.fixture(scope="module", params=[name for name in MODELS if "probe" in golden_network(name)])
+@pytest.fixture(scope="module", params=[name for name in RESNETS if "probe" in golden_network(name)])
 def probe(request):
     """Our outputs in training mode, with parameters and images filled by a sine, and the golden probe."""
     golden = golden_network(request.param)

@@ -2,7 +2,8 @@
 
 import intervals
 import pytest
-from helpers import NO_METHOD, ONLY_BYOT, TEST_BLOCK, cells, images_record, make_finished_run
+import summarize
+from helpers import NO_METHOD, ONLY_BYOT, TEST_BLOCK, cells, images_record, make_finished_run, metrics, start_record
 
 
 @pytest.mark.parametrize("df, printed", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (15, 2.131), (120, 1.980)])
@@ -39,7 +40,7 @@ def test_differences_are_paired_by_seed(pairs):
     assert byot["methods"] == "BYOT"
     assert byot["n"] == "2"
     assert byot["seeds"] == "1 2"
-    assert "- not paired: BYOT, seed 3 (no baseline of its network, data and seed)" in pairs
+    assert "- not paired: BYOT, seed 3 (no baseline of its network, images and seed)" in pairs
 
 
 def test_intervals_pool_the_variance_of_all_settings(pairs):
@@ -48,7 +49,7 @@ def test_intervals_pool_the_variance_of_all_settings(pairs):
     byot, dml = cells(pairs)
     assert byot["top-1 err (%)"] == f"-1.50 [{-1.5 - half:+.2f}, {-1.5 + half:+.2f}]"
     assert dml["top-1 err (%)"] == f"-5.00 [{-5 - half:+.2f}, {-5 + half:+.2f}]*"  # leaves out 0
-    assert "(resnet18, cifar100: 2 settings, 1.6 degrees of freedom)" in pairs
+    assert "(settings: 2, degrees of freedom: 1.6)" in pairs
 
 
 def test_unpooled_intervals_rest_on_each_settings_own_seeds(pairs, summary):
@@ -58,7 +59,7 @@ def test_unpooled_intervals_rest_on_each_settings_own_seeds(pairs, summary):
     byot, dml = cells(out)
     assert byot["top-1 err (%)"] == f"-1.50 [{-1.5 - half:+.2f}, {-1.5 + half:+.2f}]"
     assert dml["top-1 err (%)"] == "-5.00 [-5.00, -5.00]*"
-    assert "is of each setting's own seeds (resnet18, cifar100: n - 1 degrees of freedom)" in out
+    assert "is of each setting's own seeds (degrees of freedom: n - 1)" in out
 
 
 def test_unpooled_without_pairs_is_refused(pairs, summary, capsys):
@@ -67,10 +68,10 @@ def test_unpooled_without_pairs_is_refused(pairs, summary, capsys):
     assert "argument --unpooled: has no effect without --pairs" in capsys.readouterr().err
 
 
-def test_pairs_with_an_unknown_setting_are_refused(pairs, summary, capsys):
-    with pytest.raises(SystemExit):
-        summary("--pairs", "base")
-    assert "--pairs" in capsys.readouterr().err
+def test_pairs_with_an_unknown_setting_are_refused(pairs, tmp_path, refused):
+    assert "--pairs base: give one of baseline; BYOT; DML" in refused(
+        summarize.main, [str(tmp_path), "--pairs", "base"]
+    )
 
 
 def test_one_seed_has_a_difference_and_no_interval(tmp_path, summary):
@@ -90,4 +91,22 @@ def test_runs_on_other_held_out_images_are_not_paired(tmp_path, summary):
     out = summary("--pairs", "baseline")
     (byot,) = cells(out)
     assert byot["methods"] == "BYOT"
-    assert "- not paired: PSKD+BYOT+DML, seed 1 (its baseline has other val images)" in out
+    assert "- not paired: PSKD+BYOT+DML, seed 1 (no baseline of its network, images and seed)" in out
+
+
+def test_times_of_different_machines_are_not_paired(tmp_path, summary):
+    for name, methods, device in (("base", NO_METHOD, "H200"), ("byot", ONLY_BYOT, "H200"), ("all", {}, "L4")):
+        make_finished_run(tmp_path, name, 20.0, **methods, results={"hours": 5.0}, starts=[start_record(device)])
+    rows = cells(summary("--pairs", "baseline", "--metrics", "top1_error", "hours"))
+    assert {row["methods"]: row["hours"] for row in rows} == {"BYOT": "+0.00", "PSKD+BYOT+DML": "—"}
+
+
+def test_early_exit_is_compared_with_the_bases_plain_network(tmp_path, summary):
+    test = {"epoch": 299, "temperatures": {}, "metrics": {"final": metrics(20.0)}}
+    data = images_record(test="3c")
+    make_finished_run(tmp_path, "base", 90.0, **NO_METHOD, results={"test": {"last": test}}, data=data)
+    chosen = {"multiply_adds": 30, "accuracy": 79.0}
+    test = test | {"early_exit": {"backbone_multiply_adds": 40, "chosen": chosen}}
+    make_finished_run(tmp_path, "byot", 90.0, **ONLY_BYOT, results={"test": {"last": test}}, data=data)
+    (row,) = cells(summary("--pairs", "baseline", "--metrics", "early_exit_error", "early_exit"))
+    assert (row["early exit err (%)"], row["early exit (% MACs)"]) == ("+1.00", "-25.0")

@@ -1,11 +1,13 @@
-"""scripts/plot.py: figures of fabricated runs, the numbers that they show, and what is left out."""
+"""scripts/plot.py and scripts/figures.py: figures of fabricated runs, the numbers that they show, what is left out."""
 
 import json
 import os
 import subprocess
 import sys
 import types
+import xml.etree.ElementTree
 
+import figures
 import intervals
 import numpy as np
 import plot
@@ -13,9 +15,8 @@ import pytest
 import runs
 import summarize
 import torch
-from helpers import metrics, record, write
+from helpers import make_finished_run, metrics, record
 
-from utils import figures
 from utils.metrics import classification_metrics
 
 LABELS = torch.arange(60) % 5
@@ -23,35 +24,27 @@ CURVE = [(30, 60), (60, 75), (110, 80)]  # MACs, accuracy
 
 
 def exits_block(top1, seed):
-    """What a run with exits adds to its test block: one trained exit of two, an early-exit curve."""
+    """The test split's block of a run with exits, of which one is trained, and an early-exit curve."""
     curve = []
     for macs, accuracy in CURVE:
         if macs != 60:
             accuracy += seed % 3
         curve.append({"threshold": 0.5, "multiply_adds": macs, "accuracy": accuracy})
-    early_exit = {"backbone_multiply_adds": 100, "multiply_adds": [30, 60, 110]}
-    early_exit |= {"curve": curve, "chosen": curve[0]}
-    return {"exits": [metrics(top1 + 9), None], "early_exit": early_exit}
+    early_exit = {"backbone_multiply_adds": 100, "curve": curve, "chosen": curve[0]}
+    classifiers = {"exit 1": metrics(top1 + 9), "final": metrics(top1), "ensemble": metrics(top1 - 1)}
+    return {"metrics": classifiers, "early_exit": early_exit}
 
 
-def make_run(root, name, top1, seed, nll=0.4, **flags):
-    """A run of four epochs with validation errors 40, 30, 20 and 10 above `top1`, its last error on the test split.
+def make_run(root, name, top1, seed, ece=4.0, methods=(), **config):
+    """A run of four epochs with validation errors 40, 30, 20 and 10 above `top1`, its error on the test split.
     Returns the error of its predictions."""
-    config = {"classifier_type": "resnet18", "data_type": "cifar100", "num_resnet_blocks": 3, "end_epoch": 4}
-    config |= {"val_split": 0.1, "device_name": "GPU", "seed": seed, **flags}
-    test = record(3, top1)
-    if "BYOT" in flags:
-        test |= exits_block(top1, seed)
-    else:
-        test |= {"exits": [], "ensemble": None, "early_exit": None}
-    test["calibrated"] = {"val": {"nll": nll}, "exits": [None] * len(test["exits"])}
+    test = {"epoch": 3, "temperatures": {"final": 2.0}, "calibrated": {"final": {"ece": ece}}}
+    test |= exits_block(top1, seed) if "BYOT" in methods else {"metrics": {"final": metrics(top1)}}
     history = [record(t, top1 + 40 - 10 * t) for t in range(4)]
-    results = {"status": "finished", "epochs": 4, "last": history[-1], "test": {"last": test}}
-
+    results = {"epochs": 4, "last": history[-1], "test": {"last": test}}
+    flags = {method: method in methods for method in ("PSKD", "BYOT", "DML")} | {"end_epoch": 4, "val_split": 0.1}
+    make_finished_run(root, name, top1, seed, results=results, **flags, **config)
     directory = root / name
-    directory.mkdir(parents=True)
-    write(directory / "config.json", config)
-    write(directory / "results.json", results)
     lines = [json.dumps(line) for line in history]
     (directory / "metrics.jsonl").write_text("\n".join(lines))
     generator = torch.Generator().manual_seed(seed)
@@ -63,12 +56,11 @@ def make_run(root, name, top1, seed, nll=0.4, **flags):
 
 def draw(root, name):
     """The figure of that name of the runs in `root`."""
-    groups, _ = runs.group_runs(runs.find_runs([root]), "last")
-    styles = plot.group_styles(groups)
+    groups, _ = runs.load([root], "last")
     with figures.drawing() as Figure:
-        if name == "error_against_ranking":
-            return plot.error_against_ranking(Figure, groups, styles)
-        return plot.draw(Figure, getattr(plot, name), groups, styles)
+        if name == "differences":
+            return plot.draw_differences(Figure, groups)
+        return plot.draw_lines(Figure, name, groups, plot.group_styles(groups))
 
 
 @pytest.fixture
@@ -76,22 +68,12 @@ def root(tmp_path):
     """Two seeds with exits and two without."""
     for seed in (1, 2):
         make_run(tmp_path, f"baseline{seed}", 25.0, seed)
-        make_run(tmp_path, f"byot{seed}", 20.0 + 2 * seed, seed, nll=0.3 + seed / 100, BYOT=True)
+        make_run(tmp_path, f"byot{seed}", 20.0 + 2 * seed, seed, ece=3 + seed, methods=["BYOT"])
     return tmp_path
 
 
 def points(line):
     return line.get_xydata().tolist()
-
-
-def shown_points(lines):
-    """(marker, [x, y]) of lines of one point, without those of classifiers that do not exist."""
-    found = []
-    for line in lines:
-        data = line.get_xydata()
-        if np.isfinite(data).sum() == 2:
-            found.append((line.get_marker(), points(line)[0]))
-    return found
 
 
 def test_learning_curves_are_means_in_a_band_of_one_deviation(root):
@@ -125,69 +107,49 @@ def test_reliability_shows_accuracy_by_bin():
     assert areas.get_sizes() == pytest.approx([150 * 2 / 8, 150 * 4 / 8])
 
 
-def test_exits_have_their_names_and_places(root):
+def test_exits_have_their_names_places_and_accuracies(root):
     (axis,) = draw(root, "exits").axes
     labels = [text.get_text() for text in axis.get_xticklabels()]
     assert labels == ["exit 1", "exit 2", "exit 3", "final", "ensemble"]
-    lines = [line for line in axis.lines if line.get_linestyle() != "None"]
-    baseline, _, byot, _ = map(points, lines[:4])
+    baseline, _, byot, ensemble = map(points, axis.lines)
     assert baseline == [[3, 75]]
-    assert byot == [pytest.approx([0, 68], abs=0.1), pytest.approx([3, 77], abs=0.1)]
+    assert byot == [[0, 68], [3, 77]]
+    assert ensemble == [[4, 78]]
 
 
-def test_exits_are_marked_by_kind(root):
-    (axis,) = draw(root, "exits").axes
-    markers = [line for line in axis.lines if line.get_linestyle() == "None"]
-    heights = [(marker, y) for marker, (_, y) in shown_points(markers)]
-    assert heights == [("D", 75), ("o", 68), ("D", 77), ("*", 78)]
-
-
-def test_early_exit_shows_curve_and_classifiers(root):
+def test_early_exit_shows_the_baseline_a_curve_and_each_run_s_threshold(root):
     (axis,) = draw(root, "early_exit").axes
-    baseline, curve, *others = axis.lines
-    crosses = [points(line) for line in others if line.get_marker() == "x"]
-    classifiers = [line for line in others if line.get_marker() != "x"]
-    assert points(baseline) == [[100, 75]]
-    assert points(curve) == [[30, 61.5], [60, 75], [110, 81.5]]
-    assert crosses == [[[30, 61]], [[30, 62]]]  # each run's chosen threshold
-    assert shown_points(classifiers) == [("o", [30, 68]), ("D", [100, 77]), ("*", [110, 78])]
+    baseline, curve, *crosses = map(points, axis.lines)
+    assert baseline == [[0, 75], [100, 75]]
+    assert curve == [[30, 61.5], [60, 75], [110, 81.5]]
+    assert crosses == [[[30, 61]], [[30, 62]]]
 
 
-def test_ranking_has_a_panel_for_each_quantity(root):
-    augrc, nll = draw(root, "error_against_ranking").axes
-    assert augrc.get_ylabel() == "AUGRC (x 1000)"
-    assert nll.get_ylabel() == "NLL after temperature scaling (nats)"
+def test_differences_have_a_panel_for_each_quantity_and_a_row_for_each_setting(root):
+    make_run(root, "dml", 24.0, 1, methods=["DML"])
+    first, *_ = axes = draw(root, "differences").axes
+    assert [axis.get_title() for axis in axes] == ["top-1 err (%)", "ECE (%)", "ECE after T (%)"]
+    assert [text.get_text() for text in first.get_yticklabels()] == ["BYOT", "DML"]
 
 
-def test_ranking_shows_intervals_of_differences_from_the_baseline(root):
-    _, axis = draw(root, "error_against_ranking").axes
-    baseline, byot = axis.containers
-    assert points(baseline.lines[0]) == [[25, 0.4]]
-    assert not baseline.has_xerr
-    assert points(byot.lines[0]) == [pytest.approx([23, 0.315])]
+def test_differences_have_the_interval_of_seeds_paired_with_the_baseline(root):
+    make_run(root, "byot3", 2.0, 3, methods=["BYOT"])  # without a baseline
+    axis = draw(root, "differences").axes[0]
+    (byot,) = axis.containers
+    assert points(byot.lines[0]) == [[-2, 0]]
     half = intervals.student_quantile(0.95, 1) * 1  # of -3 and -1: deviation sqrt 2, of their mean 1
     (bar,) = byot.lines[2][0].get_segments()
-    assert bar[:, 0] == pytest.approx([23 - half, 23 + half])
-    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
-    assert len(dotted) == 2
+    assert bar[:, 0] == pytest.approx([-2 - half, -2 + half])
+    assert byot.lines[0].get_markerfacecolor() == "white"  # which has 0 in it
 
 
-def test_ranking_shows_a_setting_at_the_baseline_plus_the_difference_of_their_common_seeds(root):
-    make_run(root, "byot3", 2.0, 3, BYOT=True)  # without a baseline
-    _, axis = draw(root, "error_against_ranking").axes
-    _, byot = axis.containers
-    assert points(byot.lines[0]) == [pytest.approx([23, 0.315])]
-
-
-def test_ten_groups_differ_in_colour_and_line_and_72_in_both_and_in_marker():
-    groups = [[types.SimpleNamespace(label=label)] for label in ("baseline", *map(str, range(72)))]
+def test_ten_groups_differ_in_colour_and_in_line_and_90_in_one_of_them():
+    groups = [types.SimpleNamespace(label=label) for label in ("baseline", *map(str, range(90)))]
     styles = plot.group_styles(groups)
-    assert styles["baseline"] == {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.2}
     lines = [(style["color"], str(style["linestyle"])) for style in styles.values()]
-    points = [(style["color"], style["marker"]) for style in styles.values()]
     colours, dashes = zip(*lines[:10], strict=True)
     assert len(set(colours)) == len(set(dashes)) == 10
-    assert len(set(lines)) == len(set(points)) == 73
+    assert len(set(lines)) == 91
 
 
 @pytest.mark.parametrize("name", ["reliability", "risk_coverage"])
@@ -205,8 +167,8 @@ def test_a_group_with_damaged_predictions_is_left_out(root, name, capsys):
 
 def test_runs_left_out_for_one_reason_share_a_line(root, capsys):
     for seed in (1, 2):
-        make_run(root, f"dml{seed}", 25.0, seed, DML=True)
-        make_run(root, f"pskd{seed}", 25.0, seed, PSKD=True)
+        make_run(root, f"dml{seed}", 25.0, seed, methods=["DML"])
+        make_run(root, f"pskd{seed}", 25.0, seed, methods=["PSKD"])
     draw(root, "early_exit")
     (line,) = capsys.readouterr().out.splitlines()
     assert line.count("/dml") + line.count("/pskd") == 3
@@ -214,7 +176,7 @@ def test_runs_left_out_for_one_reason_share_a_line(root, capsys):
 
 
 def test_a_group_without_early_exits_is_left_out(root, capsys):
-    make_run(root, "dml", 25.0, 1, DML=True)
+    make_run(root, "dml", 25.0, 1, methods=["DML"])
     draw(root, "early_exit")
     out = capsys.readouterr().out
     assert out.startswith("left out of early_exit: ")
@@ -222,7 +184,7 @@ def test_a_group_without_early_exits_is_left_out(root, capsys):
 
 
 def test_panels_show_only_data_sets_that_have_the_figure(root, capsys):
-    make_run(root, "dml", 25.0, 1, DML=True, data_type="synthetic")
+    make_run(root, "dml", 25.0, 1, methods=["DML"], data_type="synthetic")
     assert len(draw(root, "early_exit").axes) == 1
 
 
@@ -236,7 +198,7 @@ def test_a_study_file_has_no_epochs(root, tmp_path, capsys):
     assert "needs the run directory: a study file has neither epochs nor predictions" in out
 
 
-NAMES = ("error_against_ranking", "reliability", "risk_coverage", "learning_curves", "exits", "early_exit")
+NAMES = ("differences", "reliability", "risk_coverage", "learning_curves", "exits", "early_exit")
 
 
 def test_every_figure_is_written_as_png_and_pdf(root):
@@ -248,10 +210,33 @@ def test_every_figure_is_written_as_png_and_pdf(root):
     assert b"/FontFile2" in (out / "exits.pdf").read_bytes()  # an embedded TrueType font
 
 
-def test_a_notebooks_backend_is_not_used(tmp_path):
-    image = tmp_path / "a.png"
-    code = f"from utils import figures\nwith figures.drawing() as F:\n F().savefig({str(image)!r})"
+def test_early_exit_has_few_curves_unless_others_are_asked_for(root, monkeypatch):
+    make_run(root, "other", 25.0, 1, methods=["BYOT"], lr=0.2)
+    drawn = []
+    monkeypatch.setattr(plot, "draw_lines", lambda _, name, groups, styles: drawn.append((name, len(groups))))
+    for words, number in (([], 2), (["--only", "BYOT", "BYOT, lr 0.2"], 3)):
+        assert plot.main([str(root), "--out", str(root / "figures"), *words]) == 0
+        assert ("early_exit", number) in drawn
+
+
+def test_legend_fits_into_the_figure(root):
+    for i in range(7):
+        make_run(root, f"long{i}", 25.0, 1, methods=["BYOT"], lr=0.2 + i, weight_decay=0.001 * i)
+    figure = draw(root, "early_exit")
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
+def test_a_notebooks_backend_is_not_used():
+    code = "import figures\nwith figures.drawing() as Figure: Figure().canvas.draw()"
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    environment["PYTHONPATH"] = str(plot.ROOT)
+    environment["PYTHONPATH"] = f"{plot.ROOT}{os.pathsep}{plot.ROOT / 'scripts'}"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert image.exists()
+
+
+def test_the_method_s_picture_is_an_svg_that_readme_shows():
+    name = "scripts/results/method.svg"
+    assert xml.etree.ElementTree.parse(plot.ROOT / name).getroot().tag.endswith("svg")
+    assert f"({name})" in (plot.ROOT / "README.md").read_text()

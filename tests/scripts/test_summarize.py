@@ -1,43 +1,76 @@
-"""scripts/summarize.py on the study's file and on run directories made by hand."""
+"""scripts/summarize.py on the study's files and on run directories made by hand."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import paper
 import pytest
-from helpers import NO_METHOD, TEST_BLOCK, cells, images_record, make_finished_run, metrics
+import summarize
+from helpers import NO_METHOD, TEST_BLOCK, cells, images_record, make_finished_run, metrics, start_record
 
-from utils import flags
+import main
 
-STUDY = Path(paper.__file__).parent / "results" / "cifar100_width16.jsonl"
-
-
-PAGE = STUDY.with_name("README.md").read_text()
+RESULTS = Path(paper.__file__).parent / "results"
+PAGE = (RESULTS / "README.md").read_text()
+TABLES = (RESULTS / "tables.md").read_text()  # what the page's commands print
 COMMANDS = re.findall(r"summarize.py scripts/results/(\w+\.jsonl)(.*)", PAGE)
 
 
 @pytest.mark.parametrize(("file", "words"), COMMANDS)
 def test_commands_of_the_results_page_give_its_tables(file, words, summary):
-    out = summary(*shlex.split(words), path=STUDY.with_name(file))
+    out = summary(*shlex.split(words), path=RESULTS / file)
     assert "| resnet18 |" in out
-    assert out in PAGE
+    assert out in TABLES
+
+
+def test_every_table_of_a_study_is_printed_by_a_command():
+    assert TABLES.count("\n### ") == len(COMMANDS) == 10
 
 
 def test_intervals_of_the_answers_are_printed_by_the_commands(summary):
-    _, _, rest = PAGE.partition("### The answers, with three seeds")
-    answers, _, rest = rest.partition("### How the runs are made")
-    _, _, tables = rest.partition("<!-- the outputs of the six commands above -->")
-    tables += summary("--pairs", "baseline", "--unpooled", path=STUDY.with_name("cifar100_20classes.jsonl"))
+    answers, _, _ = PAGE.partition("### The protocol")
+    tables = TABLES + summary("--pairs", "baseline", "--unpooled", path=RESULTS / "cifar100_20classes.jsonl")
     quoted = re.findall(r"[+-][\d.]+ \[[^]]+\]", " ".join(answers.split()))
     assert len(quoted) > 30
     for interval in quoted:
         assert f"| {interval}" in tables
 
 
+def test_the_study_has_three_seeds_of_all_settings_by_one_commit():
+    configs = {}
+    for line in (RESULTS / "cifar100_20classes.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        configs[run["name"]] = run["config"]
+    assert set(configs) == {f"{name}_seed{seed}" for name in paper.SETTINGS for seed in (1, 2, 3)}
+    images = {(config["seed"], json.dumps(config["data"])) for config in configs.values()}
+    assert len(images) == 3  # the seed draws the held-out images
+    assert {config["git_commit"][:7] for config in configs.values()} == {"3f04f64"}
+
+
 def test_best_epoch_is_of_the_test_split(summary):
-    (row,) = cells(summary("--best", path=STUDY), methods="baseline")
+    (row,) = cells(summary("--best", path=RESULTS / "cifar100_width16.jsonl"), methods="baseline")
     assert row["top-1 err (%)"] == "76.62 ± 0.90"  # of 76.09, 77.66 and 76.10
+
+
+def test_the_papers_setting_is_main_pys_defaults():
+    defaults = vars(main.default_args()) | {"precision": "fp32", "lr_decay_schedule": [150, 225]}
+    setting = paper.PUBLISHED["setting"]
+    assert setting == {name: defaults[name] for name in setting}
+    left_out = defaults.keys() - setting.keys() - main.RUNTIME_FLAGS
+    assert not any(defaults[name] for name in left_out)  # off
+
+
+def test_help_needs_neither_pytorch_nor_main():
+    code = "import sys, summarize\ntry: summarize.main(['--help'])\nfinally: print({'torch', 'main'} & {*sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(RESULTS.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("usage")
+    assert done.stdout.endswith("set()\n")
 
 
 def test_mean_deviation_difference_and_mark(tmp_path, summary):
@@ -53,24 +86,26 @@ def test_mean_deviation_difference_and_mark(tmp_path, summary):
     assert (row8["s/epoch"], row8["hours"]) == ("10.0 ± 0.0 (32.08)", "5.50 ± 0.00")
     assert (row4["top-1 err (%)"], row4["hours"]) == ("20.30 ± 0.14 (19.94, +0.36*)", "—")
     assert row1["top-1 err (%)"] == "30.00 (21.41, +8.59)"
-    assert "- 6 runs, last epoch, made on H200, torch 2.8, commit 0123456" in out
+    assert "- runs: 6, last epoch, made on H200, torch 2.8, commit 0123456" in out
     assert cells(summary("--best"), row="8")[0]["top-1 err (%)"].startswith("20.50 ± 1.00 ")
 
 
 def test_classifiers_have_their_right_names(tmp_path, summary):
-    last = {"exits": [metrics(40.0), None, metrics(21.0)], "ensemble": metrics(19.0)}
-    last["calibrated"] = {"val": {"ece": 2.0}, "exits": [{"ece": 1.25}, None, {"ece": 1.5}]}
-    make_finished_run(tmp_path, "a", 20.0, last=last)
+    val = {"exit 1": metrics(40.0), "exit 3": metrics(21.0), "ensemble": metrics(19.0)}
+    calibrated = {"exit 1": {"ece": 1.25}, "exit 3": {"ece": 1.5}, "final": {"ece": 2.0}}
+    block = {"epoch": 299, "temperatures": {}, "metrics": {"final": metrics(20.0), **val}, "calibrated": calibrated}
+    data = images_record(train_and_val="4d", test="3c")
+    make_finished_run(tmp_path, "a", 90.0, results={"test": {"last": block}}, data=data)
     (row,) = cells(summary("--table", "2"), row="2")
-    assert list(row)[-4:] == ["4/4", "3/4", "1/4", "ensemble"]
-    assert (row["4/4"], row["ensemble"]) == ("80.00 (79.76, +0.24)", "81.00 (79.68, +1.32)")
-    assert (row["3/4"], row["1/4"]) == ("79.00 (78.92, +0.08)", "60.00 (67.90, -7.90)")  # exchanged in the paper
+    assert (row["final err (%)"], row["ensemble err (%)"]) == ("20.00 (20.24, -0.24)", "19.00 (20.32, -1.32)")
+    # exchanged in the paper
+    assert (row["exit 3 err (%)"], row["exit 1 err (%)"]) == ("21.00 (21.08, -0.08)", "40.00 (32.10, +7.90)")
     rows = [(row["classifier"], row["ECE after T (%)"]) for row in cells(summary("--all_classifiers"))]
     assert rows == [("exit 1", "1.25"), ("exit 3", "1.50"), ("final", "2.00"), ("ensemble", "—")]
 
 
 COMPARABLE = {"precision": "bf16", "DML_as_published": True}
-OTHER = {"width": 8, "alpha": 0.2, "lr_decay_schedule": [15, 23], "future_flag": 1}
+OTHER = {"width": 8, "alpha": 0.2, "lr": 0.10000004, "lr_decay_schedule": [15, 23], "future_flag": 1}
 
 
 @pytest.mark.parametrize(("flag", "value"), [*COMPARABLE.items(), *OTHER.items()])
@@ -82,36 +117,38 @@ def test_runs_with_different_flags_are_never_averaged(flag, value, tmp_path, sum
     assert top1 == {"PSKD+BYOT+DML": "20.00 (20.03, -0.03)", f"PSKD+BYOT+DML, {flag} {value}": f"30.00{published}"}
 
 
+def test_the_studys_settings_have_their_names(tmp_path, summary):
+    for name, flags in paper.SETTINGS.items():
+        make_finished_run(tmp_path, name, 20.0, **{**NO_METHOD, **flags})
+    make_finished_run(tmp_path, "other", 20.0, **{**NO_METHOD, "DML": True, "label_smoothing": 0.1})
+    tables = summary("--metrics", "top1_error")
+    labels = re.findall(r"resnet18 \| ([^|]+) \|", tables)
+    assert set(labels) == {*(name.replace("_", " ") for name in paper.SETTINGS), "DML, label_smoothing 0.1"}
+
+
 def test_runs_of_other_machines_and_versions_are_one_group(tmp_path, summary):
-    make_finished_run(tmp_path, "a1", 20.0, seed=1, workers=1, compile=True, processes=1)
-    make_finished_run(tmp_path, "a2", 21.0, seed=2, workers=9, label_smoothing=0.0, val_split=None, device="L4")
-    file = tmp_path / "a1" / "results.json"
-    file.write_text(file.read_text().replace('"eaurc"', '"renamed"'))
-    make_finished_run(tmp_path, "b1", 20.0, PSKD=False)
+    make_finished_run(tmp_path, "a1", 20.0, 1, results={"hours": 5.0})
+    make_finished_run(tmp_path, "a2", 21.0, 2, label_smoothing=0.0, val_split=None, starts=[start_record("L4")])
+    make_finished_run(tmp_path, "b1", 20.0, PSKD=False, results={"hours": 5.0})
     out = summary()
     (row,) = cells(out, row="8")
     assert (row["seeds"], row["top-1 err (%)"]) == ("1 2", "20.50 ± 0.71 (20.03, +0.47)")
-    assert row["E-AURC (x 1000)"] == "—"  # one of the two lacks it
+    assert row["hours"] == "—"  # one of the two lacks them
     assert row["s/epoch"] == "—"  # seconds on two machines have no mean
     assert "made on H200, torch 2.8, commit 0123456; L4, torch 2.8, commit 0123456" in out
 
 
-def test_runs_outside_the_papers_tables_have_their_own(tmp_path, summary):
-    make_finished_run(tmp_path, "a", 20.0, classifier_type="resnet34")
-    out = summary()
-    assert out.startswith("### Other runs: cifar100\n")
-    assert cells(out)[0]["network"] == "resnet34"
-
-
 OTHER_DATA = [
+    ({"classifier_type": "resnet34"}, "cifar100"),  # another network than the paper's
     ({"data_type": "folder"}, "folder"),
     ({"data_type": "tinyimagenet"}, "tinyimagenet"),
     ({"classes": 20}, "cifar100, classes 20"),
     ({"limit_train": 4000}, "cifar100, limit_train 4000"),
+    ({"data_type": "folder", "val_split": 0.1}, "folder, no test split: held-out images"),
 ]
 
 
-def test_other_data_never_stand_in_the_papers_tables(tmp_path, summary):
+def test_other_runs_never_stand_in_the_papers_tables(tmp_path, summary):
     make_finished_run(tmp_path, "paper", 20.0)
     for i, (config, _) in enumerate(OTHER_DATA):
         make_finished_run(tmp_path, str(i), 30.0 + i, **config)
@@ -120,7 +157,7 @@ def test_other_data_never_stand_in_the_papers_tables(tmp_path, summary):
     tables = dict(re.findall(r"### (.*)\n\n(?:.*\n){2}((?:\|.*\n)+)", out))
     for i, (_, name) in enumerate(OTHER_DATA):
         table = tables[f"Other runs: {name}"]
-        assert table.count("| resnet18 |") == 1
+        assert table.count("| resnet") == 1
         assert f"| {30 + i}.00 |" in table
 
 
@@ -129,8 +166,8 @@ def test_another_test_split_is_another_data_set(tmp_path, summary):
     make_finished_run(tmp_path, "a2", 30.0, 2, data=images_record(val="9c"))
     make_finished_run(tmp_path, "a3", 40.0, 3, data={"mean": [0.5], "std": [0.25]})  # of an older run
     out = summary("--table", "1")
-    for facts in ("test images 100, test digest 2b2b2b2b2b2b", "test images 100, test digest 9c9c", "test images not"):
-        assert f"### Table 1: networks and losses, cifar100 ({facts}" in out
+    for images in ("100, digest 2b2b2b2b2b2b", "100, digest 9c9c9c9c9c9c", "not recorded"):
+        assert f"### Table 1: networks and losses, cifar100 (test images {images})" in out
     assert out.count("| 8 | resnet18 |") == 3
     assert "±" not in out
 
@@ -141,82 +178,72 @@ def test_other_training_images_are_another_setting(tmp_path, summary):
     make_finished_run(tmp_path, "b", 25.0, 1, PSKD=False)
     out = summary()
     labels = [row["methods"] for row in cells(out, n="1")]
-    assert labels == ["BYOT+DML", *(f"PSKD+BYOT+DML, train digest {digest * 6}" for digest in ("1a", "9c"))]
+    assert labels == ["BYOT+DML", *(f"PSKD+BYOT+DML, train images 100, digest {digest * 6}" for digest in ("1a", "9c"))]
     assert "left out" not in out
 
 
-def test_without_test_split_the_held_out_images_have_a_table_of_their_own(tmp_path, summary):
-    make_finished_run(tmp_path, "a", 20.0, val_split=0.1, data_type="folder", results={"test": {}})
-    out = summary()
-    assert out.startswith("### Other runs: folder, no test split: held-out images\n")
-    assert cells(out)[0]["top-1 err (%)"] == "20.00"
-
-
-def test_seeds_that_hold_out_other_images_are_one_setting(tmp_path, summary):
-    for seed in (1, 2):
-        data = images_record(f"{seed}a", f"{seed}b", "3c") | {"mean": [seed / 10]}
-        make_finished_run(tmp_path, f"a{seed}", 90.0, seed, val_split=0.1, results={"test": TEST_BLOCK}, data=data)
-    (row,) = cells(summary(), row="8")
-    assert (row["seeds"], row["top-1 err (%)"]) == ("1 2", "20.00 ± 0.00")
-    make_finished_run(
-        tmp_path, "b1", 90.0, 1, val_split=0.1, results={"test": TEST_BLOCK}, data=images_record("1a", "9b", "3c")
-    )
-    assert re.search(r"b1 \(the same flags and seed as \S+/a1, which is used, but with other val images\)", summary())
+def test_held_out_images_of_other_seeds_are_one_setting_and_of_other_images_are_not(tmp_path, summary):
+    for seed, images in ((1, "4d"), (2, "4d"), (3, "5e")):
+        data = images_record(train=f"{seed}a", val=f"{seed}b", test="3c", train_and_val=images)
+        make_finished_run(tmp_path, str(seed), 90.0, seed, val_split=0.1, results={"test": TEST_BLOCK}, data=data)
+    rows = [(row["seeds"], row["top-1 err (%)"]) for row in cells(summary(), row="8")]
+    assert rows == [("1 2", "20.00 ± 0.00"), ("3", "20.00")]
 
 
 def test_processes_and_allowed_changes_are_other_settings(tmp_path, summary):
     change = {"epoch": 3, "name": "end_epoch", "before": 150, "after": 300}
     make_finished_run(tmp_path, "a1", 20.0, 1)
-    make_finished_run(tmp_path, "a2", 30.0, 2, processes=2)
+    make_finished_run(tmp_path, "a2", 30.0, 2, starts=[start_record(processes=2)])
     make_finished_run(tmp_path, "a3", 40.0, 3, changes=[change])
-    start = {"device_name": "H200", "torch": "2.8", "git_commit": "0", "new_fact": 5}
-    make_finished_run(
-        tmp_path, "a4", 50.0, 4, starts=[{**start, "processes": 1}, {**start, "processes": 4}], new_fact=5
-    )
+    make_finished_run(tmp_path, "a4", 50.0, 4, starts=[start_record(), start_record(processes=4)])
     out = summary()
     changed = "changed end_epoch 150 -> 300 after epoch 3"
     top1 = {row["methods"].partition(", ")[2]: row["top-1 err (%)"] for row in cells(out, row="8")}
     assert top1 == {"": "20.00 (20.03, -0.03)", "processes 2": "30.00", changed: "40.00", "processes 1 and 4": "50.00"}
 
 
-def test_times_are_those_of_one_machine(tmp_path, summary):
-    start = {"torch": "2.8", "git_commit": "0"}
-    starts = [{"device_name": "L4", **start}, {"device_name": "H200", **start}]
-    make_finished_run(tmp_path, "a1", 20.0, 1, starts=starts, results={"hours": 5.0})
-    make_finished_run(tmp_path, "b1", 20.0, 1, starts=starts[1:], PSKD=False, results={"hours": 5.0})
-    by_row = {row["row"]: (row["s/epoch"], row["hours"]) for row in cells(summary())}
-    assert by_row == {"8": ("—", "—"), "7": ("10.0 (31.73)", "5.00")}
+def test_runs_behind_symbolic_links_are_found_once(tmp_path, summary):
+    make_finished_run(tmp_path / "elsewhere", "a", 20.0)
+    experiments = tmp_path / "experiments"
+    experiments.mkdir()
+    for name in ("one", "two"):
+        (experiments / name).symlink_to(tmp_path / "elsewhere" / "a")
+    (experiments / "circle").symlink_to(experiments)
+    out = summary(path=experiments)
+    assert cells(out, row="8")[0]["n"] == "1"
+    assert "left out" not in out
 
 
 def test_unusable_runs_are_named_and_not_averaged(tmp_path, summary):
     make_finished_run(tmp_path, "a1", 20.0, seed=1)
     make_finished_run(tmp_path, "again", 90.0, seed=1)
     make_finished_run(tmp_path, "cut", 90.0, seed=2, results={"status": "interrupted"})
-    for name, content in (("list", "[]"), ("empty", ""), ("bare", '{"status": "finished"}')):
-        make_finished_run(tmp_path, name, 90.0, seed=4)
-        (tmp_path / name / "results.json").write_text(content)
     make_finished_run(tmp_path, "young", 90.0, seed=5)
     (tmp_path / "young" / "results.json").unlink()
-    out = summary()
+    os.mkfifo(tmp_path / "young" / "results.json")
+    out = summary(str(tmp_path / "absent"))
     (row,) = cells(out, row="8")
     assert (row["seeds"], row["top-1 err (%)"]) == ("1", "20.00 (20.03, -0.03)")
-    reasons = re.findall(r"- left out: \S+/(\w+ \(.{12})", out)
-    assert [reason.split()[0] for reason in reasons] == ["again", "bare", "cut", "empty", "list", "young"]
-    assert {"again (the same fla", "bare (no entry 'la", "cut (interrupted,"} <= set(reasons)
+    reasons = dict(re.findall(r"- left out: \S+/(\w+) \((.{20})", out))
+    assert reasons["again"] == "the same flags and s"
+    assert reasons["cut"] == "interrupted, 300 of "
+    assert set(reasons) == {"absent", "again", "cut", "young"}
 
 
 DAMAGE = {
+    "list": ("results.json", "{", '[], {"was": '),
+    "bare": ("results.json", '"last": {', '"was": {'),
     "text": ("results.json", '"nll": 0.5', '"nll": "low"'),
     "nan": ("results.json", '"nll": 0.5', '"nll": NaN'),
-    "null": ("results.json", '"nll": 0.5', '"nll": null'),
+    "large": ("results.json", '"nll": 0.5', '"nll": 1e308'),
     "time": ("results.json", '"seconds_per_epoch": 10.0', '"seconds_per_epoch": null'),
     "val": ("results.json", '"val": {', '"val": [], "was": {'),
-    "cost": ("results.json", '"exits": []', '"exits": [], "early_exit": {"chosen": {}, "backbone_multiply_adds": 0}'),
-    "seed_text": ("config.json", '"seed": 1', '"seed": "1"'),
-    "seed": ("config.json", '"seed": 1', '"seed": [7]'),
-    "starts": ("config.json", '"seed"', '"starts": null, "seed"'),
+    "seed": ("config.json", '"seed": 1', '"seed": "1"'),
+    "network": ("config.json", '"classifier_type": "', '"classifier_type": 5, "was": "'),
+    "starts": ("config.json", '"starts": [', '"starts": null, "was": ['),
     "device": ("config.json", '"device_name"', '"no_name"'),
-    "changes": ("config.json", '"seed"', '"changes": [5], "seed"'),
+    "changes": ("config.json", '"changes": [', '"changes": [5'),
+    "methods": ("config.json", '"PSKD": true', '"PSKD": "yes"'),
     "deep": ("config.json", '"seed"', f'"deep": {"[" * 100_000}, "seed"'),
     "splits": ("config.json", '"splits": {', '"splits": [], "was": {'),
 }
@@ -235,10 +262,10 @@ def test_damaged_run_is_named_and_left_out(name, tmp_path, summary):
     assert re.search(r"- left out: \S+/bad \(.+\)\n", out)
 
 
-def test_no_device_is_touched(tmp_path, summary, monkeypatch):
-    monkeypatch.setattr(flags, "_check_machine", None)  # asks the GPU for memory
-    make_finished_run(tmp_path, "a", 20.0)
-    assert cells(summary(), row="8")
+def test_without_a_finished_run_the_error_says_why(tmp_path, capsys):
+    make_finished_run(tmp_path, "cut", 20.0, results={"status": "interrupted"})
+    assert summarize.main([str(tmp_path)]) == 1
+    assert re.search(r"error: no finished run in .*; \S+/cut \(interrupted, ", capsys.readouterr().err)
 
 
 def test_published_rows_are_the_papers():

@@ -71,7 +71,7 @@ def test_bad_usage_is_one_error_before_any_run(argv, variable, message, monkeypa
 
 
 def test_commands_and_run_names(dry_run):
-    command = f"{sys.executable} main.py --classifier_type resnet18 --PSKD --BYOT --DML --seed 4 --run_name {ROW8}"
+    command = f"{sys.executable} main.py --classifier_type=resnet18 --PSKD --BYOT --DML --seed 4 --run_name {ROW8}"
     runtime = ["--workers", "2", "--device=cpu", "--compile", "--allow_change=end_epoch", "--save_predictions"]
     assert dry_run("1", "8") == {ROW8: command}
     assert list(dry_run("1", "8", "--", *runtime)) == [ROW8]
@@ -97,7 +97,7 @@ def test_study_trains_its_ten_settings_seed_by_seed(tmp_path):
     command = [SCRIPTS / "study.sh", "--dry-run", "--data_path", str(tmp_path)]
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     runs = [main.parse_args(shlex.split(line)[2:]) for line in lines]
-    assert [args.run_name for args in runs] == [f"{name}_seed{seed}" for seed in (1, 2) for name, _, _ in SETTINGS]
+    assert [args.run_name for args in runs] == [f"{name}_seed{seed}" for seed in (1, 2) for name in SETTINGS]
     assert [args.seed for args in runs] == 10 * [1] + 10 * [2]
     losses = {(args.PSKD, args.BYOT, args.DML, args.alpha, args.beta, args.label_smoothing) for args in runs}
     assert len(losses) == 10
