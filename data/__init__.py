@@ -178,8 +178,10 @@ def _check_images(args: Namespace, images: Images) -> None:
         num, side, *_ = pixels.shape
         found = pixels.dtype, pixels.shape, labels.dtype, labels.shape
         if found != (np.uint8, (num, side, side, 3), np.int64, (num,)):
-            arrays = f"{split} images {pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape}"
-            problem = f"{arrays} in place of uint8 (M, S, S, 3) and int64 (M,)"
+            problem = (
+                f"{split} images {pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape} in place of"
+                " uint8 (M, S, S, 3) and int64 (M,)"
+            )
         elif not set(labels.tolist()) <= set(range(num_classes)):
             problem = f"{split} labels from {labels.min()} to {labels.max()} for {num_classes} class names"
     if problem:
@@ -267,7 +269,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """(M,) bool: `fraction` of each class of labels (M,), to the nearest image, but at least one and never all, drawn
     from the seed."""
     random = generator(seed, "val_split")
-    held_out = np.zeros(len(labels), dtype=bool)
+    held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         num = min(max(1, round(fraction * len(rows))), len(rows) - 1)

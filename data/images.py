@@ -212,7 +212,7 @@ def is_cache(name: str) -> bool:
 def _write_cache(path: Path, decoded: Decoded) -> None:
     """In place of the split's earlier ones, which were made of other files, or of the same in other sizes."""
     megabytes = decoded.images.nbytes / 1e6
-    note(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
+    tell(f"writing {path} ({megabytes:.1f} MB), which later starts read in place of the image files")
     try:
         write_atomic(path, lambda file: np.savez(file, **decoded._asdict()))
         for earlier in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):

@@ -114,7 +114,7 @@ def read_folder(root: Path, options: ReadOptions) -> Images:
     suffix of an image, are left out.
 
     Raises:
-        UserError: a folder that is missing, a class that is empty or in one split only, fewer than two classes, or
+        UserError: a folder that is missing, a class that has images in one split only, fewer than two classes, or
             files that are not images.
     """
     folders = _find_splits(root, options)
@@ -148,7 +148,7 @@ def _find_splits(root: Path, options: ReadOptions) -> dict[str, Path]:
     if not options.train:
         found.pop("train", None)
     elif "train" not in found and not options.val_only:
-        raise UserError(f"{root} has a folder {found['test'].name}/ of classes but no train/")
+        raise UserError(f"{root} has no folder train/ with folders of images")
     return found
 
 
@@ -261,8 +261,8 @@ def _load(root: Path, samples: dict[str, list[Sample]], options: ReadOptions) ->
     every = set().union(*classes.values())
     for split, found in classes.items():
         if found != every:
-            missing = first_names(sorted(every - found))
-            raise UserError(f"the {split} images in {root} lack classes of another split: {missing}")
+            names = first_names(sorted(every - found))
+            raise UserError(f"the {split} images in {root} lack classes of another split: {names}")
     labels = {name: label for label, name in enumerate(sorted(every))}
     for split, part in samples.items():
         decoded = load_images(root, split, [file for _, file in part], options)

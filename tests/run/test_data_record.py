@@ -89,12 +89,6 @@ def test_resume_with_added_images_does_not_move_held_out_ones_into_training(held
     assert "13 train images in place of 12" in refused(train, HELD_OUT)
 
 
-def test_another_folder_under_the_same_run_name_is_refused(plain_run, refused):
-    other = Path(shutil.copytree(PHOTOS, "other"))
-    exchange_image(other)
-    assert "other images" in refused(train, FLAGS, other)
-
-
 def test_val_only_refuses_other_classes_by_name(plain_run, refused):
     rename_class()
     assert "missing: a; new: z" in refused(val_only, RUN, OUT)
@@ -135,13 +129,6 @@ def test_val_only_evaluates_a_test_set_by_itself(held_out_run):
     assert val_only(RUN, OUT) == 0
     expected = read(RUN)["test"]["last"]["metrics"]["final"]
     assert read(OUT, "val.json")["test"]["final"] == pytest.approx(expected)
-
-
-def test_val_only_reads_a_test_split_without_train(plain_run, capsys):
-    shutil.rmtree(PHOTOS / "train")
-    assert val_only(RUN, OUT) == 0
-    assert "8 test images" in capsys.readouterr().out
-    assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
 
 
 def test_own_validation_images_select_and_the_test_split_is_used_at_the_end(plain_run, capsys):
@@ -187,12 +174,6 @@ def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
 def test_record_identifies_the_training_images_before_any_are_held_out(plain, held_out):
     split, whole = (read(folder / "run", "config.json")["data"]["splits"] for folder in (held_out, plain))
     assert split["train_and_val"] == whole["train"]
-
-
-def test_record_holds_mean_and_std_of_each_colour(held_out_run):
-    record = read(RUN, "config.json")["data"]
-    assert len(record["mean"]) == 3
-    assert len(record["std"]) == 3
 
 
 def test_checkpoint_holds_the_record(held_out_run):
