@@ -140,10 +140,10 @@ KINDS = {
 }
 
 
-def draw_lines(Figure, name: str, groups: list[Group], styles: dict[str, dict]):
+def draw_lines(Figure, name: str, groups: list[Group]):
     """A figure with a panel per network and data set, or None without any data; a group of which a run lacks something
     is left out, and printed."""
-    kind = KINDS[name]
+    kind, styles = KINDS[name], group_styles(groups)
     shown: dict[str, list] = {}  # panel -> group, and what its runs show
     left_out: dict[str, list[str]] = {}  # reason -> runs
     drawn = []
@@ -197,7 +197,7 @@ def draw_differences(Figure, groups: list[Group]):
                 is_decided = cell.half_width is not None and abs(cell.mean) > cell.half_width
                 fill = "#332288" if is_decided else "white"
                 axis.errorbar(cell.mean, y, xerr=cell.half_width, fmt="o", color="#332288", markerfacecolor=fill)
-    text = "Difference from the baseline of the same seed: mean and 95 % interval (pooled variance), filled where it"
+    text = "Difference from the baseline of the same seed, negative is better: mean and 95 % interval, filled where it"
     add_caption(figure, f"{text} leaves out 0.", [pairs.group for pairs in paired])
     return figure
 
@@ -256,14 +256,13 @@ def plot(paths: list[Path], out: Path, only: list[str]) -> None:
     if not groups:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
-    styles = group_styles(groups)
     with figures.drawing() as Figure:
         drawn = {"differences": draw_differences(Figure, groups)}
         for name in KINDS:
             shown = (
                 [group for group in groups if group.label in EARLY_EXIT] if name == "early_exit" and not only else []
             )
-            drawn[name] = draw_lines(Figure, name, shown or groups, styles)
+            drawn[name] = draw_lines(Figure, name, shown or groups)
         for name, figure in drawn.items():
             if figure is None:
                 continue

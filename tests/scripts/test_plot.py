@@ -60,7 +60,7 @@ def draw(root, name):
     with figures.drawing() as Figure:
         if name == "differences":
             return plot.draw_differences(Figure, groups)
-        return plot.draw_lines(Figure, name, groups, plot.group_styles(groups))
+        return plot.draw_lines(Figure, name, groups)
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_every_figure_is_written_as_png_and_pdf(root):
 def test_early_exit_has_few_curves_unless_others_are_asked_for(root, monkeypatch):
     make_run(root, "other", 25.0, 1, methods=["BYOT"], lr=0.2)
     drawn = []
-    monkeypatch.setattr(plot, "draw_lines", lambda _, name, groups, styles: drawn.append((name, len(groups))))
+    monkeypatch.setattr(plot, "draw_lines", lambda _, name, groups: drawn.append((name, len(groups))))
     for words, number in (([], 2), (["--only", "BYOT", "BYOT, lr 0.2"], 3)):
         assert plot.main([str(root), "--out", str(root / "figures"), *words]) == 0
         assert ("early_exit", number) in drawn

@@ -81,7 +81,14 @@ def test_load_run_example(tmp_path, monkeypatch):
 def test_training_loop_example_softens_labels_with_the_last_epoch_s_predictions():
     losses = []
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    names = {"num_samples": 2, "num_classes": 2, "num_epochs": 2, "torch": torch, "train_step": losses.append}
+    names = {
+        "num_samples": 2,
+        "num_classes": 2,
+        "num_epochs": 2,
+        "torch": torch,
+        "train_step": losses.append,
+        "device": "cpu",
+    }
     names |= {"model": lambda images: logits, "loader": [(None, torch.tensor([0, 0]), torch.tensor([0, 1]))]}
     exec(block_after("## In your own training loop"), names)
     labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
