@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import statistics
 import time
 from pathlib import Path
 
@@ -240,17 +239,14 @@ def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
 
 def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
     """The record of a run with this start, in a directory, and the epochs of its checkpoint."""
-    run = RunRecord(vars(args), record)
     start = Start(0, **environment(device, launch.WORLD.size))
-    if checkpoint:
-        before = checkpoint.run
-        run.history, run.changes = before.history, before.changes + changes
-        run.starts = before.starts
-        start.epoch = len(before.history)
-        if checkpoint.file.parent != path:
-            start.resumed_from = str(checkpoint.file.absolute())
-    run.starts = [*run.starts, start]
-    return run
+    if checkpoint is None:
+        return RunRecord(vars(args), record, [start])
+    before = checkpoint.run
+    start.epoch = len(before.history)
+    if checkpoint.file.parent != path:
+        start.resumed_from = str(checkpoint.file.absolute())
+    return RunRecord(vars(args), record, [*before.starts, start], before.changes + changes, before.history)
 
 
 def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None):
@@ -325,10 +321,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
         directory.check_lock()
         exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
         write_arrays(directory.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
-    finished = dataclasses.replace(directory.run, test=test)
-    logger.finish(finished)
-    seconds = statistics.median(epoch.seconds for epoch in finished.history)
-    logger.info(f"{seconds:.2f} s of training per epoch (median); files: {directory.path}")
+    logger.finish(dataclasses.replace(directory.run, test=test))
     logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(directory.path)])}")
     logger.close()
     directory.finish(test)  # last: nothing more is done for a run that is finished

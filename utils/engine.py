@@ -62,7 +62,7 @@ class Meter:
         self.device = device
         self.names: list[str] | None = None
         self.sums: Tensor | None = None  # (parts,) float64
-        self.num_wrong = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_wrong = torch.zeros(1, dtype=torch.float64, device=device)
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps without an update (fp16)
         self.num_images = 0  # over all processes; counted by train_one_epoch, since a replayed step runs no Python
 
@@ -84,19 +84,11 @@ class Meter:
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
         self.num_wrong += (logits.argmax(dim=1) != classes).sum()
 
-    def means(self) -> dict[str, float]:
+    def means(self, estimated: bool = False) -> dict[str, float]:
         """`loss`, each of its parts, and `top1_error` (%) over the epoch's images so far. Waits for the device and for
-        the other processes."""
-        return self._means(distributed.all_reduce_sum_(self._all_sums()))
-
-    def local_means(self) -> dict[str, float]:
-        """An estimate of `means` from this process's shard alone."""
-        return self._means(self._all_sums() * launch.WORLD.size)
-
-    def _all_sums(self) -> Tensor:
-        return torch.cat([self.sums, self.num_wrong.double()[None]])
-
-    def _means(self, sums: Tensor) -> dict[str, float]:
+        the other processes; or else estimates them from this process's shard alone."""
+        sums = torch.cat([self.sums, self.num_wrong])
+        sums = sums * launch.WORLD.size if estimated else distributed.all_reduce_sum_(sums)
         *parts, wrong = (sums / self.num_images).tolist()
         return {"loss": sum(parts), **dict(zip(self.names, parts, strict=True)), "top1_error": 100 * wrong}
 

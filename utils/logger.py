@@ -48,7 +48,7 @@ class Logger:
             for batch in loader:
                 yield batch
                 if bar.update(meter.num_images - bar.n):  # drawn, once per second
-                    means = meter.local_means()  # waits for the device
+                    means = meter.means(estimated=True)  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
     def start(self, headline: str, notes: list[str], flags: dict, history: list[EpochRecord]) -> None:
@@ -94,10 +94,7 @@ class Logger:
         self._log.close()
 
     def _write(self, epoch: int, values: dict[str, float]) -> None:
-        """Scalars to TensorBoard, whose epochs count from 1. Raises OSError naming its
-        directory."""
-        if self.silent:
-            return
+        """Scalars to TensorBoard, whose epochs count from 1. Raises OSError naming its directory."""
         try:
             for name, value in values.items():
                 self._board.add_scalar(name, value, epoch + 1)
