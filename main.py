@@ -393,8 +393,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         try:
             loaders = load_splits(own, device, run.data)
         except UserError as e:
-            origin = "" if "data_path" in given else f"; the run itself was given --data_path {own.data_path}"
-            raise UserError(f"{e}{origin}") from None
+            raise UserError(f"{e}; the run itself was given --data_path {run.args['data_path']}") from None
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
     if run.data.selects_on_val:

@@ -85,8 +85,9 @@ class Logger:
     def finish(self, run: RunRecord) -> None:
         """After the last epoch: the test split's metrics, and the table of the results."""
         test = run.test["last"].metrics if run.test else None
-        values = {f"test/{name}": value for name, value in shown_metrics(test["final"]).items()} if test else {}
-        self._write(run.history[-1].epoch, values)
+        if test:
+            values = {f"test/{name}": value for name, value in shown_metrics(test["final"]).items()}
+            self._write(run.history[-1].epoch, values)
         self.info(report(run))
 
     def close(self) -> None:

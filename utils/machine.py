@@ -1,6 +1,5 @@
 """The machine: random seeds, what the hardware can do, and the facts that a run records about it."""
 
-import functools
 import hashlib
 import os
 import platform
@@ -11,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-# Keys of config.json that say where a run was computed.
-ENVIRONMENT = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
 
 
 def set_up_torch(device: torch.device, precision: str) -> None:
@@ -38,9 +34,8 @@ def seed_generators(seed: int, epoch: int, process: int) -> None:
     random.seed(number)
 
 
-@functools.cache
 def environment(device: torch.device, processes: int = 1) -> dict:
-    """The values of ENVIRONMENT: versions, device, number of processes, git commit."""
+    """The keys of config.json that say where a run was computed."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -48,8 +43,14 @@ def environment(device: torch.device, processes: int = 1) -> dict:
         name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
     import torchvision  # here: it takes a second
 
-    versions = (platform.python_version(), str(torch.__version__), torchvision.__version__)
-    return dict(zip(ENVIRONMENT, (*versions, name, processes, _git_commit()), strict=True))
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "device_name": name,
+        "processes": processes,
+        "git_commit": _git_commit(),
+    }
 
 
 def has_bf16_instructions() -> bool:

@@ -1,6 +1,7 @@
 """The parser of every command line, and types of its values. Needs no PyTorch."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -58,14 +59,12 @@ def number_type(kind: type, low, high):
     """An argparse type: a number of `kind` from `low` to `high`."""
 
     def convert(text: str):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            word, spec = ("integer", "") if kind is int else ("number", "g")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {word}, from {low:{spec}} to {high:{spec}}")
-        return value
+            if low <= value <= high:
+                return value
+        word, spec = ("integer", "") if kind is int else ("number", "g")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid {word}, from {low:{spec}} to {high:{spec}}")
 
     return convert
 

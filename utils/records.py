@@ -195,9 +195,9 @@ def classifier_names(num: int) -> list[str]:
     return [*(f"exit {i}" for i in range(1, num)), "final"]
 
 
-def best_epoch(history: list[EpochRecord]) -> EpochRecord | None:
+def best_epoch(history: list[EpochRecord]) -> EpochRecord:
     """The epoch of lowest top-1 error of the final classifier, the earliest where several tie."""
-    return min(history, key=lambda record: record.val["final"]["top1_error"], default=None)
+    return min(history, key=lambda record: record.val["final"]["top1_error"])
 
 
 def shown_metrics(values: dict) -> dict:

@@ -125,12 +125,10 @@ class RunDirectory:
     def check_lock(self) -> None:
         """Raises UserError where the directory was renamed or its lock deleted, since another run may have its name;
         called before anything is written."""
-        try:
-            is_own = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
-        except OSError:
-            is_own = False
-        if not is_own:
-            raise UserError(f"{self.path} was renamed or its .lock removed during this run: nothing more is written")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock")):
+                return
+        raise UserError(f"{self.path} was renamed or its .lock removed during this run: nothing more is written")
 
     def begin(self, run: RunRecord, checkpoint: Checkpoint | None) -> None:
         """Before the first epoch of this command: clear what an earlier one left. A new run removes an earlier one's
