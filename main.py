@@ -46,7 +46,7 @@ from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import environment, seed_generators, set_up_torch
 from utils.parser import Parser
-from utils.records import Change, DataRecord, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
+from utils.records import Change, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
 from utils.resume import check_flags, check_length
 from utils.run_directory import RunDirectory
 
@@ -164,7 +164,10 @@ def train(args, given: set[str], device: torch.device) -> None:
         checkpoint, changes = distributed.broadcast_from_rank_0(lambda: find_start(directory, args))
         loaders = load_splits(args, device, checkpoint.run.data if checkpoint else None)
         train_loader, val_loader = loaders["train"], loaders["val"]
-        check_images(args, checkpoint, train_loader.record)
+        if distributed.find_differing({"images": train_loader.record}):
+            raise UserError("the processes read different images: give all of them the same data")
+        if checkpoint:
+            check_same_images(checkpoint.run.data, train_loader.record, checkpoint.file)
         if checkpoint and is_finished(directory.path, checkpoint, args):
             directory.run = checkpoint.run
             directory.export("finished")
@@ -180,7 +183,7 @@ def train(args, given: set[str], device: torch.device) -> None:
         directory.begin(run, checkpoint)
         logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
-        if checkpoint and first_epoch < args.end_epoch:
+        if checkpoint:
             logger.info(f"continuing from {checkpoint.file}: {first_epoch} of {args.end_epoch} epochs are done")
         notes = flags.notes(args, given, device) + loss.notes(args, given)
         logger.start(headline(args, model, loaders, run), notes, experiment_flags(vars(args)), run.history)
@@ -264,9 +267,6 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
         if launch.WORLD.is_main and checkpoint is None:
             tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
-    states = {"model": model, "objective": objective, "optimizer": optimizer}
-    if checkpoint:
-        load_states(checkpoint, **states)
 
     # the training step
     network = Compiled(model) if args.compile else model
@@ -275,20 +275,12 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     network = distributed.wrap(network, device, args.sync_bn, all_used)
     transform = build_transform(args, train_loader.num_classes)
     step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
-    states["scaler"] = step.scaler  # of fp16
-    if checkpoint and checkpoint.states["scaler"]:
-        load_states(checkpoint, scaler=step.scaler)
+    states = {"model": model, "objective": objective, "optimizer": optimizer, "scaler": step.scaler}
+    if checkpoint:
+        load_states(checkpoint, **states)
     if args.cuda_graph:
         step = GraphedStep(step)
     return model, network, step, states
-
-
-def check_images(args, checkpoint: Checkpoint | None, record: DataRecord) -> None:
-    """Raises UserError where the processes read different images, or a run that goes on was trained on others."""
-    if distributed.find_differing({"images": record}):
-        raise UserError("the processes read different images: give all of them the same data")
-    if checkpoint:
-        check_same_images(checkpoint.run.data, record, checkpoint.file)
 
 
 def headline(args, model: torch.nn.Module, loaders: dict, run: RunRecord) -> str:

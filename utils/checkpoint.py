@@ -102,6 +102,8 @@ def load_states(checkpoint: Checkpoint, **owners) -> None:
     """
     for name, owner in owners.items():
         try:
+            if name == "scaler" and not checkpoint.states[name]:  # of another precision than fp16
+                continue
             if name == "optimizer":
                 tensors = _load_momentum(owner, checkpoint.states[name])
             else:
@@ -134,10 +136,11 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, str]:
         return load_checkpoint(path), ""
     if not any((path / name).exists() for name in (LAST, PREVIOUS)):
         raise UserError(f"{path} holds no checkpoint: give a run directory, or a checkpoint file")
-    problems = []
-    for file in (path / LAST, path / PREVIOUS):
-        try:
-            return load_checkpoint(file), "".join(f"{problem}: using {file}" for problem in problems)
-        except UserError as e:
-            problems.append(str(e))
-    raise UserError(f"{'; '.join(problems)}: start over with --overwrite or another --run_name")
+    try:
+        return load_checkpoint(path / LAST), ""
+    except UserError as e:
+        problem = e
+    try:
+        return load_checkpoint(path / PREVIOUS), f"{problem}: using {path / PREVIOUS}"
+    except UserError as e:
+        raise UserError(f"{problem}; {e}: start over with --overwrite or another --run_name") from None

@@ -129,12 +129,6 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.loss = Compiled(objective) if compile else objective
 
-    def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
-        with autocast(self.precision, self.device):
-            outputs = self.model(images)
-        loss, parts = self.loss(outputs, labels, index, batch_size)
-        return loss, parts, outputs.logits
-
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """images (N, 3, S, S), labels (N,), index (N,); batch_size: images in this step over all processes."""
         images, labels = self.transform(images, labels)
@@ -142,14 +136,16 @@ class TrainStep:
 
     def update(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """The step after the transform: labels are classes (N,) or probabilities (N, K)."""
-        loss, parts, logits = self.forward(images, labels, index, batch_size)
+        with autocast(self.precision, self.device):
+            outputs = self.model(images)
+        loss, parts = self.loss(outputs, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self._scaled_step(loss)
         else:
             loss.backward()
             self.optimizer.step()
-        self.meter.update(parts, logits, labels, batch_size)
+        self.meter.update(parts, outputs.logits, labels, batch_size)
 
     def _scaled_step(self, loss: Tensor) -> None:
         """Backward and update with a scaled loss. On a GPU nothing waits: the fused optimiser skips by itself."""

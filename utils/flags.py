@@ -185,10 +185,9 @@ def notes(args, given: set[str], device: torch.device) -> list[str]:
     if args.lr_schedule == "cosine":
         unused = sorted(given & {"lr_decay_rate", "lr_decay_schedule"})
         found += [f"--{name} has no effect with --lr_schedule cosine" for name in unused]
-    if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
-        found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
-    if args.precision == "fp16" and device.type == "cpu":
-        found.append("--precision fp16 on a CPU is for tests: fp32 is faster")
+    is_slow = args.precision == "fp16" or (args.precision == "bf16" and not has_bf16_instructions())
+    if is_slow and device.type == "cpu":
+        found.append(f"--precision {args.precision} is slow on this processor, which has no instructions for it")
     if args.compile:
         found.append("--compile: compiling in the first step takes minutes")
     return found

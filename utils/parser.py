@@ -31,13 +31,10 @@ class Parser(argparse.ArgumentParser):
 
     def _meant_by(self, word: str) -> list[str]:
         """The flags that an unknown one may mean: those with a name like it, here or in other programs."""
-        flags = {}
-        for action in self._actions:
-            for name in (action.dest, *getattr(action, "also", ())):
-                flags.setdefault(name.lower(), []).append(f"--{action.dest}")
+        flags = [(name, a.dest) for a in self._actions for name in (a.dest, *getattr(a, "also", ()))]
         given = word.lstrip("-").partition("=")[0].lower()
-        nearest = difflib.get_close_matches(given, flags, n=1, cutoff=0.75)
-        return flags[nearest[0]] if nearest else []
+        nearest = difflib.get_close_matches(given, [name.lower() for name, _ in flags], n=1, cutoff=0.75)
+        return [f"--{flag}" for name, flag in flags if name.lower() in nearest]
 
     def error(self, message: str):
         if not launch.WORLD.is_local_main:  # what is wrong with flags or machine is wrong for all of its processes
