@@ -126,14 +126,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     launch.end_with_torchrun()
     args = parse_args(argv)
-    status = 1
     try:
         with distributed.process_group(args.device) as device, contextlib.ExitStack() as stack:
             if launch.WORLD.is_main:  # the other processes have nothing to save: signals just end them
                 stack.enter_context(signals_raise())
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
-                status = 2
-                raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
+                build_parser().error(f"--{differing} differs between the processes: give all of them the same flags")
             given = build_parser().given(argv)
             if args.val_only:
                 evaluate_run(args, given, device)
@@ -151,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         launch.wait_for_rank_0()
         message = f"process {launch.WORLD.rank}: {message}"
     print_error(message)
-    return status
+    return 1
 
 
 def train(args, given: set[str], device: torch.device) -> None:
@@ -377,15 +375,14 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         for package in (loss, data, models):
             package.check_flags(own, fail)
         flags.check_machine(own, fail)
+        set_up_torch(device, own.precision)
         model = build_model(own, len(run.data.class_names))
         load_states(checkpoint, model=model)
-    set_up_torch(device, own.precision)
-    model = model.to(device, memory_format=torch.channels_last)
-    with reading(file):
         try:
             loaders = load_splits(own, device, run.data)
         except UserError as e:
             raise UserError(f"{e}; the run itself was given --data_path {run.args['data_path']}") from None
+    model = model.to(device, memory_format=torch.channels_last)
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
     if run.data.selects_on_val:

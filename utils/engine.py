@@ -250,7 +250,5 @@ def first_nonfinite(model: nn.Module, means: dict[str, float]) -> str | None:
     if bad:
         return ", ".join(name for name in bad if name != "loss") or "loss"
     tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
-    if largest.isfinite().all():
-        return None
-    return next(name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value))
+    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf)).tolist()
+    return next((name for name, value in zip(tensors, largest, strict=True) if not math.isfinite(value)), None)

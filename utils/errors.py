@@ -36,8 +36,8 @@ def signals_raise():
 
     A signal that is ignored, as SIGHUP under nohup, stays ignored.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    numbers += (signal.SIGUSR1, signal.SIGUSR2)  # which clusters send before the time limit
+    # the last two are what clusters send before the time limit
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     previous = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
     def handler(number, frame):

@@ -137,20 +137,13 @@ def check_machine(args: argparse.Namespace, fail) -> None:
         gpus = f"{torch.cuda.device_count()} NVIDIA GPUs, from cuda:0 on"
         fail(f"argument --device: {args.device!r} cannot be used here{why}; this machine has cpu and {gpus}")
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        if torch.cuda.device_count() < launch.WORLD.local_size:
-            fail(f"argument --device: {launch.WORLD.local_size} processes but only {torch.cuda.device_count()} GPUs")
-        with torch.cuda.device(device):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            tf32 = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        bf16, tf32 = has_bf16_instructions(), False
+    if on_gpu and torch.cuda.device_count() < launch.WORLD.local_size:
+        fail(f"argument --device: {launch.WORLD.local_size} processes but only {torch.cuda.device_count()} GPUs")
+    is_new_gpu = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
     if args.precision == "auto":
-        args.precision = "bf16" if bf16 else "fp32"
-    if args.precision == "tf32" and not tf32:
-        fail("argument --precision: tf32 needs an NVIDIA GPU of compute capability 8.0 or higher; use fp32")
-    if args.precision == "bf16" and on_gpu and not bf16:
-        fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
+        args.precision = "bf16" if is_new_gpu or (not on_gpu and has_bf16_instructions()) else "fp32"
+    if not is_new_gpu and (args.precision == "tf32" or (on_gpu and args.precision == "bf16")):
+        fail(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0+; use fp16 or fp32")
     if args.val_only:  # what follows concerns training
         return
     if args.sync_bn and not on_gpu:

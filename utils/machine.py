@@ -68,11 +68,10 @@ def _git_commit() -> str | None:
     """The commit of this code, marked where files differ from it; None where this code is not a repository's root: it
     may lie unpacked inside another one, and git's variables may name yet another."""
     root = Path(__file__).resolve().parent.parent
-    command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
-    command += ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
+    command = "git --git-dir=.git --work-tree=. describe --always --exclude=* --abbrev=40"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     options = {"cwd": root, "env": variables, "capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        return subprocess.run(command, **options).stdout.strip()
+        return subprocess.run([*command.split(), "--dirty= with changes"], **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -48,8 +48,8 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: list[str] | None) -> set[str]:
         """The flags that stand on a command line."""
         unset = dict.fromkeys(action.dest for action in self._actions)
-        parsed = vars(self.parse_args(argv, argparse.Namespace(**unset)))
-        return {name for name in unset if parsed[name] is not None}
+        parsed = self.parse_args(argv, argparse.Namespace(**unset))
+        return {name for name, value in vars(parsed).items() if value is not None}
 
 
 def number_type(kind: type, low, high):

@@ -154,8 +154,7 @@ def to_json(value):
     if isinstance(value, Change):
         return value._asdict()
     if dataclasses.is_dataclass(value):
-        entries = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: to_json(entry) for name, entry in entries.items() if entry is not None}
+        return {name: to_json(entry) for name, entry in vars(value).items() if entry is not None}
     if isinstance(value, dict):
         return {name: to_json(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -53,8 +53,8 @@ class RunDirectory:
         is_interrupted = isinstance(error, Interrupted)
         line = "interrupted: nothing saved yet; rerunning starts from scratch"
         if self._num_saved:
-            line = f"interrupted: {self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun the same command,"
-            line += " without --overwrite, to resume"
+            saved = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}"
+            line = f"interrupted: {saved}; rerun the same command, without --overwrite, to resume"
         if self.run is not None and error is not None:
             with contextlib.suppress(OSError, UserError):  # the error itself matters more than these files
                 self.export("interrupted" if is_interrupted else "failed")
