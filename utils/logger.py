@@ -70,7 +70,7 @@ class Logger:
         self._write(record.epoch, scalars(record))
         done = record.epoch + 1
         parts = [f"{name} {value:.4f}" for name, value in record.train.items() if name not in ("loss", "top1_error")]
-        loss = f"loss {record.train['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
+        loss = f"loss {record.train['loss']:.4f} = {' + '.join(parts)}"
         seconds = record.seconds + record.seconds_validation + record.seconds_saving
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
         metrics = [f"{m.heading} {record.val['final'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
