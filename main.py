@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import statistics
 import time
 from pathlib import Path
 
@@ -47,7 +46,7 @@ from utils.files import write_arrays, write_json
 from utils.logger import Logger
 from utils.machine import environment, seed_generators, set_up_torch
 from utils.parser import Parser
-from utils.records import Change, DataRecord, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
+from utils.records import Change, EpochRecord, RunRecord, Start, TestRecord, results_table, to_json
 from utils.resume import check_flags, check_length
 from utils.run_directory import RunDirectory
 
@@ -127,14 +126,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     launch.end_with_torchrun()
     args = parse_args(argv)
-    status = 1
     try:
         with distributed.process_group(args.device) as device, contextlib.ExitStack() as stack:
             if launch.WORLD.is_main:  # the other processes have nothing to save: signals just end them
                 stack.enter_context(signals_raise())
             if differing := distributed.find_differing({k: v for k, v in vars(args).items() if k not in PER_MACHINE}):
-                status = 2
-                raise UserError(f"--{differing} differs between the processes: give all of them the same flags")
+                build_parser().error(f"--{differing} differs between the processes: give all of them the same flags")
             given = build_parser().given(argv)
             if args.val_only:
                 evaluate_run(args, given, device)
@@ -152,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         launch.wait_for_rank_0()
         message = f"process {launch.WORLD.rank}: {message}"
     print_error(message)
-    return status
+    return 1
 
 
 def train(args, given: set[str], device: torch.device) -> None:
@@ -165,7 +162,10 @@ def train(args, given: set[str], device: torch.device) -> None:
         checkpoint, changes = distributed.broadcast_from_rank_0(lambda: find_start(directory, args))
         loaders = load_splits(args, device, checkpoint.run.data if checkpoint else None)
         train_loader, val_loader = loaders["train"], loaders["val"]
-        check_images(args, checkpoint, train_loader.record)
+        if distributed.find_differing({"images": train_loader.record}):
+            raise UserError("the processes read different images: give all of them the same data")
+        if checkpoint:
+            check_same_images(checkpoint.run.data, train_loader.record, checkpoint.file)
         if checkpoint and is_finished(directory.path, checkpoint, args):
             directory.run = checkpoint.run
             directory.export("finished")
@@ -182,7 +182,7 @@ def train(args, given: set[str], device: torch.device) -> None:
         directory.begin(run, checkpoint)
         logger = Logger(directory.path if launch.WORLD.is_main else None, args.end_epoch)
         first_epoch = len(run.history)
-        if checkpoint and first_epoch < args.end_epoch:
+        if checkpoint:
             logger.info(f"continuing from {checkpoint.file}: {first_epoch} of {args.end_epoch} epochs are done")
         notes = flags.notes(args, given, device) + loss.notes(args, given)
         logger.start(headline(args, model, loaders, run), notes, experiment_flags(vars(args)), run.history)
@@ -241,17 +241,14 @@ def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
 
 def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
     """The record of a run with this start, in a directory, and the epochs of its checkpoint."""
-    run = RunRecord(vars(args), record)
     start = Start(0, **environment(device, launch.WORLD.size))
-    if checkpoint:
-        before = checkpoint.run
-        run.history, run.changes = before.history, before.changes + changes
-        run.starts = before.starts
-        start.epoch = len(before.history)
-        if checkpoint.file.parent != path:
-            start.resumed_from = str(checkpoint.file.absolute())
-    run.starts = [*run.starts, start]
-    return run
+    if checkpoint is None:
+        return RunRecord(vars(args), record, [start])
+    before = checkpoint.run
+    start.epoch = len(before.history)
+    if checkpoint.file.parent != path:
+        start.resumed_from = str(checkpoint.file.absolute())
+    return RunRecord(vars(args), record, [*before.starts, start], before.changes + changes, before.history)
 
 
 def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None):
@@ -269,9 +266,6 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
         if launch.WORLD.is_main and checkpoint is None:
             tell(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
-    states = {"model": model, "objective": objective, "optimizer": optimizer}
-    if checkpoint:
-        load_states(checkpoint, **states)
 
     # the training step
     network = Compiled(model) if args.compile else model
@@ -280,20 +274,12 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     network = distributed.wrap(network, device, args.sync_bn, all_used)
     transform = build_transform(args, train_loader.num_classes)
     step = TrainStep(network, objective, optimizer, device, args.precision, args.compile, transform)
-    states["scaler"] = step.scaler  # of fp16
-    if checkpoint and checkpoint.states["scaler"]:
-        load_states(checkpoint, scaler=step.scaler)
+    states = {"model": model, "objective": objective, "optimizer": optimizer, "scaler": step.scaler}
+    if checkpoint:
+        load_states(checkpoint, **states)
     if args.cuda_graph:
         step = GraphedStep(step)
     return model, network, step, states
-
-
-def check_images(args, checkpoint: Checkpoint | None, record: DataRecord) -> None:
-    """Raises UserError where the processes read different images, or a run that goes on was trained on others."""
-    if distributed.find_differing({"images": record}):
-        raise UserError("the processes read different images: give all of them the same data")
-    if checkpoint:
-        check_same_images(checkpoint.run.data, record, checkpoint.file)
 
 
 def headline(args, model: torch.nn.Module, loaders: dict, run: RunRecord) -> str:
@@ -326,10 +312,7 @@ def finish(args, directory: RunDirectory, logger: Logger, model: torch.nn.Module
         directory.check_lock()
         exits = {"exit_logits": logits[:-1]} if len(logits) > 1 else {}
         write_arrays(directory.path / "predictions.npz", logits=logits[-1], labels=labels, **exits)
-    finished = dataclasses.replace(directory.run, test=test)
-    logger.finish(finished)
-    seconds = statistics.median(epoch.seconds for epoch in finished.history)
-    logger.info(f"{seconds:.2f} s of training per epoch (median); files: {directory.path}")
+    logger.finish(dataclasses.replace(directory.run, test=test))
     logger.info(f"evaluate again: {shlex.join(['python', 'main.py', '--val_only', '--resume', str(directory.path)])}")
     logger.close()
     directory.finish(test)  # last: nothing more is done for a run that is finished
@@ -393,16 +376,14 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
         for package in (loss, data, models):
             package.check_flags(own, fail)
         flags.check_machine(own, fail)
+        set_up_torch(device, own.precision)
         model = build_model(own, len(run.data.class_names))
         load_states(checkpoint, model=model)
-    set_up_torch(device, own.precision)
-    model = model.to(device, memory_format=torch.channels_last)
-    with reading(file):
         try:
             loaders = load_splits(own, device, run.data)
         except UserError as e:
-            origin = "" if "data_path" in given else f"; the run itself was given --data_path {own.data_path}"
-            raise UserError(f"{e}{origin}") from None
+            raise UserError(f"{e}; the run itself was given --data_path {run.args['data_path']}") from None
+    model = model.to(device, memory_format=torch.channels_last)
     # the images that the run was selected on, unless others lie there now: it may have been trained on some of them
     split = "val"
     if run.data.selects_on_val:

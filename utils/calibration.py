@@ -118,13 +118,11 @@ def early_exit_curve(
 
 def _deciding_classifiers(logits: Tensor, labels: Tensor, temperatures: dict[str, float]) -> tuple[Tensor, Tensor]:
     """Confidence and error of the classifiers that have a temperature: (classifiers, M) each."""
-    confidences, errors = [], []
-    for name, z in by_classifier(logits, temperatures).items():
-        confidence, error = confidence_and_error(z, labels, temperatures[name])
-        confidences.append(confidence)
-        errors.append(error)
-    confidences[-1] = torch.full_like(confidences[-1], float("inf"))  # the final classifier always decides
-    return torch.stack(confidences), torch.stack(errors)
+    members = by_classifier(logits, temperatures)
+    found = [confidence_and_error(z, labels, temperatures[name]) for name, z in members.items()]
+    confidence, error = map(torch.stack, zip(*found, strict=True))
+    confidence[-1] = float("inf")  # the final classifier always decides
+    return confidence, error
 
 
 def _stop(confidence: Tensor, error: Tensor, costs: Tensor, threshold: float) -> tuple[float, float]:

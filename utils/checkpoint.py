@@ -11,7 +11,7 @@ import torch
 
 from utils.errors import UserError, first_line
 from utils.files import write_atomic
-from utils.records import RunRecord, best_epoch, from_json
+from utils.records import RunRecord, best_epoch, from_json, to_json
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 STATES = ("model", "optimizer", "objective", "scaler")  # the last, fp16's, is empty with other precisions
@@ -30,14 +30,14 @@ class Checkpoint(NamedTuple):
         return len(self.run.history) - 1
 
 
-def write_checkpoint(path: Path, states: dict[str, dict], run: dict) -> None:
-    """Write the states and a run's record, as `to_json` returns it.
+def write_checkpoint(path: Path, states: dict[str, dict], run: RunRecord) -> None:
+    """Write the states and a run's record.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save({**states, "epoch": len(run["history"]) - 1, **run}, buffer)
+    torch.save({**states, "epoch": len(run.history) - 1, **to_json(run)}, buffer)
     write_atomic(path, buffer.getbuffer())
 
 
@@ -69,8 +69,6 @@ def _from_entries(path: Path, entries: dict) -> Checkpoint:
     """Raises an exception whose message says what is wrong with the content of a checkpoint."""
     if not isinstance(entries, dict) or "history" not in entries:
         raise TypeError(f"it holds a {type(entries).__name__} without a history")
-    if "exits" in entries["history"][-1]:
-        raise ValueError("an older version wrote it; train anew")
     states = {name: entries.pop(name) for name in STATES}
     epoch = entries.pop("epoch")
     json.dumps(entries)  # plain values, as the exports need
@@ -78,8 +76,6 @@ def _from_entries(path: Path, entries: dict) -> Checkpoint:
     epochs = [record.epoch for record in run.history]
     if epochs != list(range(len(epochs))) or epochs[-1] != epoch:
         raise ValueError("its history is not one record per epoch")
-    if not run.starts:
-        raise ValueError("it has no start")
     best_epoch(run.history)  # every epoch has a final classifier
     return Checkpoint(path, run, states)
 
@@ -104,13 +100,12 @@ def load_states(checkpoint: Checkpoint, **owners) -> None:
     Raises:
         UserError: a state has other names or shapes than what the flags built, or values that are not finite.
     """
-    optimizer = owners.get("optimizer")
-    # Before the model's weights are loaded over them: a weight that is still as it was has no momentum to miss.
-    initial = [p.detach().clone() for p in _parameters(optimizer)]
     for name, owner in owners.items():
         try:
-            if owner is optimizer:
-                tensors = _load_momentum(optimizer, checkpoint.states[name], initial)
+            if name == "scaler" and not checkpoint.states[name]:  # of another precision than fp16
+                continue
+            if name == "optimizer":
+                tensors = _load_momentum(owner, checkpoint.states[name])
             else:
                 owner.load_state_dict(checkpoint.states[name])
                 tensors = owner.state_dict().values()
@@ -121,25 +116,13 @@ def load_states(checkpoint: Checkpoint, **owners) -> None:
             raise UserError(f"{checkpoint.file}: its {name} state does not match these flags ({reason})") from None
 
 
-def _parameters(optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
-
-
-def _load_momentum(optimizer, state: dict, initial: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Load the optimiser's state and return its momentum; `initial` are the weights before the model's were loaded.
-
-    Only a weight that has never had a gradient, such as an untrained exit's, has no momentum: it is still as it was.
-    """
+def _load_momentum(optimizer, state: dict) -> list[torch.Tensor]:
+    """Load the optimiser's state and return its momentum, which an untrained exit's weights do not have."""
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
-    found = []
-    for p, untrained in zip(_parameters(optimizer), initial, strict=True):
-        momentum = optimizer.state[p].get("momentum_buffer")
-        if momentum is None and torch.allclose(p, untrained):
-            continue
-        if momentum is None or momentum.shape != p.shape or momentum.dtype != p.dtype:
-            raise ValueError("momentum is missing or of another shape or type")
-        found.append(momentum)
-    return found
+    found = {p: entry["momentum_buffer"] for p, entry in optimizer.state.items()}
+    if not found or any(m.shape != p.shape or m.dtype != p.dtype for p, m in found.items()):
+        raise ValueError("momentum is missing or of another shape or type")
+    return list(found.values())
 
 
 def find_checkpoint(path: Path) -> tuple[Checkpoint, str]:
@@ -153,10 +136,11 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, str]:
         return load_checkpoint(path), ""
     if not any((path / name).exists() for name in (LAST, PREVIOUS)):
         raise UserError(f"{path} holds no checkpoint: give a run directory, or a checkpoint file")
-    problems = []
-    for file in (path / LAST, path / PREVIOUS):
-        try:
-            return load_checkpoint(file), "".join(f"{problem}: using {file}" for problem in problems)
-        except UserError as e:
-            problems.append(str(e))
-    raise UserError(f"{'; '.join(problems)}: start over with --overwrite or another --run_name")
+    try:
+        return load_checkpoint(path / LAST), ""
+    except UserError as e:
+        problem = e
+    try:
+        return load_checkpoint(path / PREVIOUS), f"{problem}: using {path / PREVIOUS}"
+    except UserError as e:
+        raise UserError(f"{problem}; {e}: start over with --overwrite or another --run_name") from None

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from utils import distributed, launch
 from utils.compile import Compiled
-from utils.errors import phase
 from utils.metrics import all_metrics, per_sample, rows_per_chunk
 from utils.records import Classifiers, classifier_names
 
@@ -62,7 +61,7 @@ class Meter:
         self.device = device
         self.names: list[str] | None = None
         self.sums: Tensor | None = None  # (parts,) float64
-        self.num_wrong = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_wrong = torch.zeros(1, dtype=torch.float64, device=device)
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps without an update (fp16)
         self.num_images = 0  # over all processes; counted by train_one_epoch, since a replayed step runs no Python
 
@@ -84,19 +83,11 @@ class Meter:
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
         self.num_wrong += (logits.argmax(dim=1) != classes).sum()
 
-    def means(self) -> dict[str, float]:
+    def means(self, estimated: bool = False) -> dict[str, float]:
         """`loss`, each of its parts, and `top1_error` (%) over the epoch's images so far. Waits for the device and for
-        the other processes."""
-        return self._means(distributed.all_reduce_sum_(self._all_sums()))
-
-    def local_means(self) -> dict[str, float]:
-        """An estimate of `means` from this process's shard alone."""
-        return self._means(self._all_sums() * launch.WORLD.size)
-
-    def _all_sums(self) -> Tensor:
-        return torch.cat([self.sums, self.num_wrong.double()[None]])
-
-    def _means(self, sums: Tensor) -> dict[str, float]:
+        the other processes; or else estimates them from this process's shard alone."""
+        sums = torch.cat([self.sums, self.num_wrong])
+        sums = sums * launch.WORLD.size if estimated else distributed.all_reduce_sum_(sums)
         *parts, wrong = (sums / self.num_images).tolist()
         return {"loss": sum(parts), **dict(zip(self.names, parts, strict=True)), "top1_error": 100 * wrong}
 
@@ -138,12 +129,6 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.loss = Compiled(objective) if compile else objective
 
-    def forward(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int):
-        with autocast(self.precision, self.device):
-            outputs = self.model(images)
-        loss, parts = self.loss(outputs, labels, index, batch_size)
-        return loss, parts, outputs.logits
-
     def __call__(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """images (N, 3, S, S), labels (N,), index (N,); batch_size: images in this step over all processes."""
         images, labels = self.transform(images, labels)
@@ -151,14 +136,16 @@ class TrainStep:
 
     def update(self, images: Tensor, labels: Tensor, index: Tensor, batch_size: int) -> None:
         """The step after the transform: labels are classes (N,) or probabilities (N, K)."""
-        loss, parts, logits = self.forward(images, labels, index, batch_size)
+        with autocast(self.precision, self.device):
+            outputs = self.model(images)
+        loss, parts = self.loss(outputs, labels, index, batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self._scaled_step(loss)
         else:
             loss.backward()
             self.optimizer.step()
-        self.meter.update(parts, logits, labels, batch_size)
+        self.meter.update(parts, outputs.logits, labels, batch_size)
 
     def _scaled_step(self, loss: Tensor) -> None:
         """Backward and update with a scaled loss. On a GPU nothing waits: the fused optimiser skips by itself."""
@@ -198,7 +185,6 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
 
 
 @torch.no_grad()
-@phase("evaluation")
 def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     """Logits of every classifier for a complete split, shallow to deep, the final one last: (B, M, K) float32, and
     labels (M,). Every process has all of them."""
@@ -219,7 +205,6 @@ def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     return distributed.all_reduce_sum_(logits), distributed.all_reduce_sum_(all_labels)
 
 
-@phase("evaluation")
 def evaluate(logits: Tensor, labels: Tensor, trained: list[str]) -> Classifiers:
     """Metrics (`utils.records.METRICS`) of every classifier that a loss trains and, if there are several, of their
     `ensemble`, the mean of their probabilities.
@@ -265,7 +250,5 @@ def first_nonfinite(model: nn.Module, means: dict[str, float]) -> str | None:
     if bad:
         return ", ".join(name for name in bad if name != "loss") or "loss"
     tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))
-    if largest.isfinite().all():
-        return None
-    return next(name for name, value in zip(tensors, largest.tolist(), strict=True) if not math.isfinite(value))
+    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf)).tolist()
+    return next((name for name, value in zip(tensors, largest, strict=True) if not math.isfinite(value)), None)

@@ -54,16 +54,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     switch = functools.partial(add_switch, group)
     text = "parent of run directories (default: %(default)s, below the working directory)"
     path("--experiments_dir", "machine", text, default="experiments", metavar="DIR", also="output output_dir out")
-    text = "the run's directory (default: <data>_<model>_<methods>_seed<seed>; runs that differ in other flags need"
-    text += " names of their own)"
+    text = (
+        "the run's directory (default: <data>_<model>_<methods>_seed<seed>; runs that differ in other flags need"
+        " names of their own)"
+    )
     add("--run_name", "runtime", type=check_name, metavar="NAME", help=text)
     text = (
         "continue this checkpoint or run directory, with the same flags and images, in the run directory, unless that"
+        " holds a checkpoint of its own (default: none)"
     )
-    text += " holds a checkpoint of its own (default: none)"
     path("--resume", "runtime", text, metavar="PATH", also="checkpoint")
-    text = "with --resume: evaluate the checkpoint with its own flags on the validation images; writes val.json to"
-    text += " <experiments_dir>/<run_name> (default name: the run's and `_val`)"
+    text = (
+        "with --resume: evaluate the checkpoint with its own flags on the validation images; writes val.json to"
+        " <experiments_dir>/<run_name> (default name: the run's and `_val`)"
+    )
     switch("--val_only", "runtime", help=text, also="eval evaluate test")
     switch("--overwrite", "runtime", help="start over, replacing what the run directory holds")
     add(
@@ -123,47 +127,31 @@ def check_machine(args: argparse.Namespace, fail) -> None:
     """Device, precision and number of processes."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.split(":")[0] == "mps":
-        fail("argument --device: 'mps' has no float64, which the metrics and the means of losses need; use cpu")
     try:
         device = distributed.local_device(args.device)
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in ("cpu", "cuda"):  # mps has no float64, which metrics and means of losses need
             raise ValueError
         torch.zeros(1, dtype=torch.float64, device=device)
     except Exception as e:  # an unknown name, a missing driver, a number too high: each has its own exception
         why = " (its memory is full)" if "out of memory" in str(e) else ""
-        fail(
-            f"argument --device: {args.device!r} cannot be used here{why}; this machine has "
-            + ("cpu" if not torch.cuda.is_available() else f"cpu and cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-        )
+        gpus = f"{torch.cuda.device_count()} NVIDIA GPUs, from cuda:0 on"
+        fail(f"argument --device: {args.device!r} cannot be used here{why}; this machine has cpu and {gpus}")
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        if torch.cuda.device_count() < launch.WORLD.local_size:
-            fail(f"argument --device: {launch.WORLD.local_size} processes but only {torch.cuda.device_count()} GPUs")
-        with torch.cuda.device(device):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            tf32 = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        bf16, tf32 = has_bf16_instructions(), False
+    if on_gpu and torch.cuda.device_count() < launch.WORLD.local_size:
+        fail(f"argument --device: {launch.WORLD.local_size} processes but only {torch.cuda.device_count()} GPUs")
+    is_new_gpu = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
     if args.precision == "auto":
-        args.precision = "bf16" if bf16 else "fp32"
-    if args.precision == "tf32" and not tf32:
-        fail("argument --precision: tf32 needs an NVIDIA GPU of compute capability 8.0 or higher; use fp32")
-    if args.precision == "bf16" and on_gpu and not bf16:
-        fail("argument --precision: this GPU has no bf16; use fp16 or fp32")
-    if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
-        fail("argument --precision: fp16 needs a GPU of compute capability 7.0 or higher; use fp32")
+        args.precision = "bf16" if is_new_gpu or (not on_gpu and has_bf16_instructions()) else "fp32"
+    if not is_new_gpu and (args.precision == "tf32" or (on_gpu and args.precision == "bf16")):
+        fail(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0+; use fp16 or fp32")
     if args.val_only:  # what follows concerns training
         return
     if args.sync_bn and not on_gpu:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
     if args.cuda_graph and not (on_gpu and launch.WORLD.size == 1):
         fail("argument --cuda_graph: needs one GPU and one process")
-    processes = launch.WORLD.size
-    if args.batch_size % processes:
-        below = args.batch_size // processes * processes
-        near = f"{below} or {below + processes}" if below else str(processes)
-        fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {processes} processes; use {near}")
+    if args.batch_size % launch.WORLD.size:
+        fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {launch.WORLD.size} processes")
 
 
 def _check_paths(args: argparse.Namespace, fail) -> None:
@@ -190,10 +178,9 @@ def notes(args, given: set[str], device: torch.device) -> list[str]:
     if args.lr_schedule == "cosine":
         unused = sorted(given & {"lr_decay_rate", "lr_decay_schedule"})
         found += [f"--{name} has no effect with --lr_schedule cosine" for name in unused]
-    if args.precision == "bf16" and device.type == "cpu" and not has_bf16_instructions():
-        found.append("--precision bf16 is slow here: this processor has no bf16 instructions; fp32 is faster")
-    if args.precision == "fp16" and device.type == "cpu":
-        found.append("--precision fp16 on a CPU is for tests: fp32 is faster")
+    is_slow = args.precision == "fp16" or (args.precision == "bf16" and not has_bf16_instructions())
+    if is_slow and device.type == "cpu":
+        found.append(f"--precision {args.precision} is slow on this processor, which has no instructions for it")
     if args.compile:
         found.append("--compile: compiling in the first step takes minutes")
     return found

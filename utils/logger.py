@@ -48,7 +48,7 @@ class Logger:
             for batch in loader:
                 yield batch
                 if bar.update(meter.num_images - bar.n):  # drawn, once per second
-                    means = meter.local_means()  # waits for the device
+                    means = meter.means(estimated=True)  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
     def start(self, headline: str, notes: list[str], flags: dict, history: list[EpochRecord]) -> None:
@@ -70,7 +70,7 @@ class Logger:
         self._write(record.epoch, scalars(record))
         done = record.epoch + 1
         parts = [f"{name} {value:.4f}" for name, value in record.train.items() if name not in ("loss", "top1_error")]
-        loss = f"loss {record.train['loss']:.4f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else "")
+        loss = f"loss {record.train['loss']:.4f} = {' + '.join(parts)}"
         seconds = record.seconds + record.seconds_validation + record.seconds_saving
         left = timedelta(seconds=int((self.num_epochs - done) * seconds))
         metrics = [f"{m.heading} {record.val['final'][name]:.{m.decimals}f}" for name, m in SHOWN.items()]
@@ -85,8 +85,9 @@ class Logger:
     def finish(self, run: RunRecord) -> None:
         """After the last epoch: the test split's metrics, and the table of the results."""
         test = run.test["last"].metrics if run.test else None
-        values = {f"test/{name}": value for name, value in shown_metrics(test["final"]).items()} if test else {}
-        self._write(run.history[-1].epoch, values)
+        if test:
+            values = {f"test/{name}": value for name, value in shown_metrics(test["final"]).items()}
+            self._write(run.history[-1].epoch, values)
         self.info(report(run))
 
     def close(self) -> None:
@@ -94,10 +95,7 @@ class Logger:
         self._log.close()
 
     def _write(self, epoch: int, values: dict[str, float]) -> None:
-        """Scalars to TensorBoard, whose epochs count from 1. Raises OSError naming its
-        directory."""
-        if self.silent:
-            return
+        """Scalars to TensorBoard, whose epochs count from 1. Raises OSError naming its directory."""
         try:
             for name, value in values.items():
                 self._board.add_scalar(name, value, epoch + 1)

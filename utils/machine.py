@@ -1,6 +1,5 @@
 """The machine: random seeds, what the hardware can do, and the facts that a run records about it."""
 
-import functools
 import hashlib
 import os
 import platform
@@ -11,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-# Keys of config.json that say where a run was computed.
-ENVIRONMENT = ("python", "torch", "torchvision", "device_name", "processes", "git_commit")
 
 
 def set_up_torch(device: torch.device, precision: str) -> None:
@@ -38,9 +34,8 @@ def seed_generators(seed: int, epoch: int, process: int) -> None:
     random.seed(number)
 
 
-@functools.cache
 def environment(device: torch.device, processes: int = 1) -> dict:
-    """The values of ENVIRONMENT: versions, device, number of processes, git commit."""
+    """The keys of config.json that say where a run was computed."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -48,8 +43,14 @@ def environment(device: torch.device, processes: int = 1) -> dict:
         name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
     import torchvision  # here: it takes a second
 
-    versions = (platform.python_version(), str(torch.__version__), torchvision.__version__)
-    return dict(zip(ENVIRONMENT, (*versions, name, processes, _git_commit()), strict=True))
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "device_name": name,
+        "processes": processes,
+        "git_commit": _git_commit(),
+    }
 
 
 def has_bf16_instructions() -> bool:
@@ -67,11 +68,10 @@ def _git_commit() -> str | None:
     """The commit of this code, marked where files differ from it; None where this code is not a repository's root: it
     may lie unpacked inside another one, and git's variables may name yet another."""
     root = Path(__file__).resolve().parent.parent
-    command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
-    command += ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
+    command = "git --git-dir=.git --work-tree=. describe --always --exclude=* --abbrev=40"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     options = {"cwd": root, "env": variables, "capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        return subprocess.run(command, **options).stdout.strip()
+        return subprocess.run([*command.split(), "--dirty= with changes"], **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

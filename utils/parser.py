@@ -1,6 +1,7 @@
 """The parser of every command line, and types of its values. Needs no PyTorch."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -30,13 +31,10 @@ class Parser(argparse.ArgumentParser):
 
     def _meant_by(self, word: str) -> list[str]:
         """The flags that an unknown one may mean: those with a name like it, here or in other programs."""
-        flags = {}
-        for action in self._actions:
-            for name in (action.dest, *getattr(action, "also", ())):
-                flags.setdefault(name.lower(), []).append(f"--{action.dest}")
+        flags = [(name, a.dest) for a in self._actions for name in (a.dest, *getattr(a, "also", ()))]
         given = word.lstrip("-").partition("=")[0].lower()
-        nearest = difflib.get_close_matches(given, flags, n=1, cutoff=0.75)
-        return flags[nearest[0]] if nearest else []
+        nearest = difflib.get_close_matches(given, [name.lower() for name, _ in flags], n=1, cutoff=0.75)
+        return [f"--{flag}" for name, flag in flags if name.lower() in nearest]
 
     def error(self, message: str):
         if not launch.WORLD.is_local_main:  # what is wrong with flags or machine is wrong for all of its processes
@@ -50,22 +48,20 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: list[str] | None) -> set[str]:
         """The flags that stand on a command line."""
         unset = dict.fromkeys(action.dest for action in self._actions)
-        parsed = vars(self.parse_args(argv, argparse.Namespace(**unset)))
-        return {name for name in unset if parsed[name] is not None}
+        parsed = self.parse_args(argv, argparse.Namespace(**unset))
+        return {name for name, value in vars(parsed).items() if value is not None}
 
 
 def number_type(kind: type, low, high):
     """An argparse type: a number of `kind` from `low` to `high`."""
 
     def convert(text: str):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            word, spec = ("integer", "") if kind is int else ("number", "g")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {word}, from {low:{spec}} to {high:{spec}}")
-        return value
+            if low <= value <= high:
+                return value
+        word, spec = ("integer", "") if kind is int else ("number", "g")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid {word}, from {low:{spec}} to {high:{spec}}")
 
     return convert
 

@@ -154,8 +154,7 @@ def to_json(value):
     if isinstance(value, Change):
         return value._asdict()
     if dataclasses.is_dataclass(value):
-        entries = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: to_json(entry) for name, entry in entries.items() if entry is not None}
+        return {name: to_json(entry) for name, entry in vars(value).items() if entry is not None}
     if isinstance(value, dict):
         return {name: to_json(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -195,9 +194,9 @@ def classifier_names(num: int) -> list[str]:
     return [*(f"exit {i}" for i in range(1, num)), "final"]
 
 
-def best_epoch(history: list[EpochRecord]) -> EpochRecord | None:
+def best_epoch(history: list[EpochRecord]) -> EpochRecord:
     """The epoch of lowest top-1 error of the final classifier, the earliest where several tie."""
-    return min(history, key=lambda record: record.val["final"]["top1_error"], default=None)
+    return min(history, key=lambda record: record.val["final"]["top1_error"])
 
 
 def shown_metrics(values: dict) -> dict:

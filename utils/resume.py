@@ -25,8 +25,10 @@ def check_flags(file: Path, before: dict, now: dict, defaults: dict, allowed: li
     refused = [change for change in changes if change.name not in allowed]
     if not refused:
         return changes
-    remedy = "give the same ones, or start a new run: without --resume, with another --run_name or --overwrite (and"
-    remedy += " --weights PATH, to begin from a run's weights)"
+    remedy = (
+        "give the same ones, or start a new run: without --resume, with another --run_name or --overwrite (and"
+        " --weights PATH, to begin from a run's weights)"
+    )
     names = [change.name for change in refused]
     if set(names) <= set(MAY_CHANGE):
         remedy += f"; --allow_change {' '.join(names)} continues all the same and records it"

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, find_checkpoint, 
 from utils.errors import Interrupted, UserError, tell
 from utils.exports import exports
 from utils.files import link_atomic, write_atomic
-from utils.records import EpochRecord, RunRecord, TestRecord, best_epoch, to_json
+from utils.records import EpochRecord, RunRecord, TestRecord, best_epoch
 
 # What a run writes beside checkpoints, and --overwrite removes.
 LOG = "experiment.log"
@@ -45,8 +44,6 @@ class RunDirectory:
         self.seconds_saving = 0.0  # of the last epoch's save; 0 if it was not saved
         self._lock = None
         self._num_saved = 0  # epochs in LAST
-        self._epochs: list[dict] = []  # the history as JSON, and its lines: each epoch is converted once
-        self._lines: list[str] = []
         self._write_seconds, self._saved_at = 0.0, 0.0
 
     def __enter__(self):
@@ -56,15 +53,15 @@ class RunDirectory:
         is_interrupted = isinstance(error, Interrupted)
         line = "interrupted: nothing saved yet; rerunning starts from scratch"
         if self._num_saved:
-            line = f"interrupted: {self._num_saved} epoch(s) are saved in {self.path / LAST}; rerun the same command,"
-            line += " without --overwrite, to resume"
+            saved = f"{self._num_saved} epoch(s) are saved in {self.path / LAST}"
+            line = f"interrupted: {saved}; rerun the same command, without --overwrite, to resume"
         if self.run is not None and error is not None:
             with contextlib.suppress(OSError, UserError):  # the error itself matters more than these files
                 self.export("interrupted" if is_interrupted else "failed")
                 if is_interrupted:
                     with open(self.path / LOG, "a", encoding="utf-8") as log:
                         log.write(f"{line}\n")
-        if is_interrupted and launch.WORLD.is_main:
+        if is_interrupted:
             tell(f"\n{line}", sys.stderr)
         if self._lock is not None:
             self._lock.close()
@@ -86,11 +83,11 @@ class RunDirectory:
             self._acquire_lock()
         if overwrite:
             return None
-        is_here = (self.path / LAST).exists() or (self.path / PREVIOUS).exists()
-        if is_here:
+        if (self.path / LAST).exists() or (self.path / PREVIOUS).exists():
             checkpoint, note = find_checkpoint(self.path)
             self._num_saved = len(checkpoint.run.history)
-            if resume is not None and not self._holds(Path(resume)):
+            own = (self.path.resolve(), (self.path / LAST).resolve())
+            if resume is not None and Path(resume).resolve() not in own:
                 note = f"{note}\n{self.path} goes on from its own checkpoint, not from {resume}".strip()
         else:
             self._check_is_unused()
@@ -100,10 +97,6 @@ class RunDirectory:
         if note:
             tell(note)
         return checkpoint
-
-    def _holds(self, path: Path) -> bool:
-        """Whether a path means this directory or its last checkpoint."""
-        return path.resolve() in (self.path.resolve(), (self.path / LAST).resolve())
 
     def _check_is_unused(self) -> None:
         """Raises UserError where a directory without a checkpoint to go on from holds what this run would overwrite.
@@ -132,12 +125,10 @@ class RunDirectory:
     def check_lock(self) -> None:
         """Raises UserError where the directory was renamed or its lock deleted, since another run may have its name;
         called before anything is written."""
-        try:
-            is_own = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
-        except OSError:
-            is_own = False
-        if not is_own:
-            raise UserError(f"{self.path} was renamed or its .lock removed during this run: nothing more is written")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock")):
+                return
+        raise UserError(f"{self.path} was renamed or its .lock removed during this run: nothing more is written")
 
     def begin(self, run: RunRecord, checkpoint: Checkpoint | None) -> None:
         """Before the first epoch of this command: clear what an earlier one left. A new run removes an earlier one's
@@ -171,18 +162,22 @@ class RunDirectory:
         self.run = run
         if checkpoint is not None:
             if checkpoint.file != self.path / LAST:
-                self._write(LAST, checkpoint.states)
-            self._link_names(run.args["saveckp_freq"])
+                self._write_last(checkpoint.states)
+            self._link_names()
             self._find_best(checkpoint.file)
             self.export("running")
 
-    def _link_names(self, frequency: int) -> None:
-        """Give LAST the other names of its epoch: BEST, and that of --saveckp_freq."""
-        epoch = self.run.history[-1].epoch
-        if best_epoch(self.run.history).epoch == epoch:
-            link_atomic(self.path / LAST, self.path / BEST)
-        if frequency > 0 and (epoch + 1) % frequency == 0:
-            link_atomic(self.path / LAST, self.path / f"checkpoint_epoch{epoch}.pth")
+    def _names(self) -> list[str]:
+        """The names that the last epoch's checkpoint has beside LAST: BEST, and that of --saveckp_freq."""
+        history, frequency = self.run.history, self.run.args["saveckp_freq"]
+        names = [BEST] if best_epoch(history) is history[-1] else []
+        if frequency and len(history) % frequency == 0:
+            names.append(f"checkpoint_epoch{history[-1].epoch}.pth")
+        return names
+
+    def _link_names(self) -> None:
+        for name in self._names():
+            link_atomic(self.path / LAST, self.path / name)
 
     def _find_best(self, source: Path) -> None:
         """See that BEST is of this run's best epoch: copy it from where the run comes from, or remove another's."""
@@ -203,46 +198,34 @@ class RunDirectory:
         Args:
             make_states: returns the checkpoint's states (`utils.checkpoint.STATES`).
         """
-        history, flags = self.run.history, self.run.args
-        history.append(record)
+        self.run.history.append(record)
         self.seconds_saving = 0.0
         self.check_lock()
-        done, frequency = len(history), flags["saveckp_freq"]
         start = time.perf_counter()
         is_due = self._write_seconds < SHORT_WRITE or start - self._saved_at > SAVE_INTERVAL * self._write_seconds
-        is_named = best_epoch(history) is record or (frequency > 0 and done % frequency == 0)
-        if not (is_due or is_named or done == flags["end_epoch"]):
+        if not (is_due or self._names() or len(self.run.history) == self.run.args["end_epoch"]):
             return
         if (self.path / LAST).exists():
             link_atomic(self.path / LAST, self.path / PREVIOUS)
-        self._write(LAST, make_states())
-        self._link_names(frequency)
+        self._write_last(make_states())
+        self._link_names()
         self.export("running")
         self._saved_at = time.perf_counter()
         self.seconds_saving = self._write_seconds = self._saved_at - start
 
-    def _write(self, name: str, states: dict) -> None:
-        """Write a checkpoint of the run as it is."""
-        history = self.run.history
-        self._epochs += [to_json(record) for record in history[len(self._epochs) :]]
-        run = to_json(dataclasses.replace(self.run, history=[]))
-        write_checkpoint(self.path / name, states, {**run, "history": self._epochs})
-        self._num_saved = len(history)
+    def _write_last(self, states: dict) -> None:
+        write_checkpoint(self.path / LAST, states, self.run)
+        self._num_saved = len(self.run.history)
 
     def finish(self, test: dict[str, TestRecord] | None) -> None:
-        """Add the test records to BEST and LAST, and mark the run as finished: nothing more is done for it."""
+        """Add the test records to BEST and then to LAST, and mark the run as finished: nothing more is done for it."""
         self.check_lock()
-        last = load_checkpoint(self.path / LAST)
         self.run.test, self.run.finished = test, True
-        if best_epoch(self.run.history) is self.run.history[-1]:
-            self._write(BEST, last.states)
-            link_atomic(self.path / BEST, self.path / LAST)
-        else:
-            if (self.path / BEST).exists():
-                best = load_checkpoint(self.path / BEST)
-                best.run.test = test
-                write_checkpoint(best.file, best.states, to_json(best.run))
-            self._write(LAST, last.states)
+        if (self.path / BEST).exists():
+            best = load_checkpoint(self.path / BEST)
+            best.run.test = test
+            write_checkpoint(best.file, best.states, best.run)
+        self._write_last(load_checkpoint(self.path / LAST).states)
         self.export("finished")
 
     def export(self, status: str) -> None:
@@ -256,10 +239,8 @@ class RunDirectory:
         self.check_lock()
         if not self._num_saved:
             return
-        self._epochs += [to_json(record) for record in self.run.history[len(self._epochs) : self._num_saved]]
-        self._lines += [json.dumps(epoch) + "\n" for epoch in self._epochs[len(self._lines) : self._num_saved]]
         saved = dataclasses.replace(self.run, history=self.run.history[: self._num_saved])
-        contents = exports(saved, status, self.runtime_flags, self._lines)
+        contents = exports(saved, status, self.runtime_flags)
         names = reversed(contents) if status == "finished" else contents
         for name in names:
             file, content = self.path / name, contents[name].encode()

@@ -178,7 +178,7 @@ def draw_bar(directory: Path | None, is_terminal: bool, monkeypatch) -> str:
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr("tqdm.std.time", clock.__next__)  # every look at the clock is 2 s later
     meter = SimpleNamespace(num_images=0)
-    meter.local_means = lambda: {"loss": 1.25, "top1_error": float(meter.num_images)}
+    meter.means = lambda estimated: {"loss": 1.25, "top1_error": float(meter.num_images)}
     for batch in Logger(directory, 3).bar(FakeLoader(), meter):
         meter.num_images += len(batch)
     return stream.getvalue()
