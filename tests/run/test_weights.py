@@ -83,8 +83,3 @@ def test_other_weights_are_another_experiment(pretrained, tmp_path, capsys):
     capsys.readouterr()
     assert run(directory, *ONE_EPOCH, "--weights", str(pretrained)) == 1
     assert "weights_digest None -> " in one_line(capsys)
-
-
-def test_resume_with_other_flags_names_weights(pretrained, tmp_path, capsys):
-    assert run(tmp_path / "run", *ONE_EPOCH, "--resume", str(pretrained)) == 1
-    assert "--weights PATH" in one_line(capsys)

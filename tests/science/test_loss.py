@@ -145,15 +145,6 @@ def test_dml_gradient_goes_both_ways(on_output, final):
 
 
 @pytest.mark.parametrize("on_output", [False, True])
-def test_dml_is_symmetric(on_output):
-    final, feature, (logits,), (exit_feature,) = outputs = random_outputs(exits=1)
-    exchanged = Outputs(logits, exit_feature, (final,), (feature,))
-    value = dml_value(on_output, outputs).item()
-    assert value > 0.1
-    assert dml_value(on_output, exchanged).item() == near(value)
-
-
-@pytest.mark.parametrize("on_output", [False, True])
 def test_dml_between_equals_is_0(on_output):
     logits, feature, _, _ = random_outputs()
     equal = Outputs(logits, feature, (logits,) * 3, (feature,) * 3)
@@ -224,8 +215,8 @@ def test_pskd_targets_mix_with_soft_labels_by_hand(targets):
     assert y_soft.flatten().tolist() == near([*seen, 0.1, 0.9])
 
 
-def assert_one_hot(alpha_T: float, epochs: int) -> None:
-    """In each of the first `epochs` epochs of 3."""
+@pytest.mark.parametrize("alpha_T, epochs", [(0.8, 1), (0.0, 3)])
+def test_pskd_targets_are_one_hot_to_the_bit_in_the_first_epoch_and_with_alpha_T_0(alpha_T, epochs):
     targets = ProgressiveTargets(5, 4, alpha_T, 3)
     one_hot = F.one_hot(LABELS, 4).float()
     for epoch in range(epochs):
@@ -233,14 +224,6 @@ def assert_one_hot(alpha_T: float, epochs: int) -> None:
         for _ in range(2):  # the second time the memory is filled
             y_soft = targets(random_outputs(), LABELS, INDEX)
             assert torch.equal(y_soft, one_hot)
-
-
-def test_pskd_targets_are_one_hot_to_the_bit_in_the_first_epoch():
-    assert_one_hot(alpha_T=0.8, epochs=1)
-
-
-def test_pskd_targets_are_one_hot_to_the_bit_with_alpha_T_0():
-    assert_one_hot(alpha_T=0.0, epochs=3)
 
 
 def descend(weight, loss) -> None:
