@@ -12,20 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from helpers import (
-    ALL,
-    PROCESSES,
-    SMALL,
-    before_step,
-    bits,
-    make_small,
-    one_line,
-    read,
-    read_checkpoint,
-    read_records,
-    run,
-    val_only,
-)
+from helpers import ALL, PROCESSES, SMALL, before_step, bits, make_small, one_line, read, read_records, run, val_only
 from torch._dynamo.utils import counters
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -210,26 +197,17 @@ def test_a_run_of_two_processes_is_written_once(finished):
     assert len(os.listdir(finished / "tensorboard")) == 1
 
 
-def test_the_checkpoint_has_the_memory_of_all_processes(finished):
-    memory = read_checkpoint(finished)["objective"]["soften.memory"]
-    torch.testing.assert_close(memory.sum(dim=1), torch.ones(40))
-
-
 def nll_of_classifiers(record: dict) -> dict[str, float]:
     return {classifier: metrics["nll"] for classifier, metrics in record["val"].items()}
 
 
-def test_one_process_evaluates_a_run_of_two(finished, tmp_path):
-    """As two did: rank 0's BatchNorm statistics were used for all images."""
-    assert val_only(finished, tmp_path / "val") == 0
-    expected = nll_of_classifiers(read(finished)["last"])
-    assert nll_of_classifiers(read(tmp_path / "val", "val.json")) == pytest.approx(expected, rel=1e-5)
-
-
-def test_two_processes_evaluate_and_rank_0_alone_prints(finished, tmp_path):
-    launch_processes(2, tmp_path / "logs", val_only, finished, tmp_path / "val")
-    expected = nll_of_classifiers(read(finished)["last"])
-    assert nll_of_classifiers(read(tmp_path / "val", "val.json")) == pytest.approx(expected, rel=1e-5)
+def test_one_process_and_two_evaluate_a_run_of_two_and_rank_0_alone_prints(finished, tmp_path):
+    """Rank 0's BatchNorm statistics were used for all images."""
+    assert val_only(finished, tmp_path / "one") == 0
+    launch_processes(2, tmp_path / "logs", val_only, finished, tmp_path / "two")
+    expected = pytest.approx(nll_of_classifiers(read(finished)["last"]), rel=1e-5)
+    for name in ("one", "two"):
+        assert nll_of_classifiers(read(tmp_path / name, "val.json")) == expected
     assert "written to" in printed(tmp_path / "logs", 0)
     assert printed(tmp_path / "logs", 1) == ""
 

@@ -6,7 +6,6 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -159,12 +158,6 @@ def test_error_of_tensorboards_own_thread_prints_no_traceback(tmp_path, monkeypa
     thread.start()
     thread.join()
     assert not tracebacks
-
-
-def test_closed_stdout_stops_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=BrokenPipeError))
-    Logger(tmp_path, 3).info("text")
-    assert (tmp_path / "experiment.log").read_text() == "text\n"
 
 
 def draw_bar(directory: Path | None, is_terminal: bool, monkeypatch) -> str:

@@ -85,14 +85,6 @@ def test_meter_weights_by_images_in_float64(processes, monkeypatch):
     assert meter.local_means() == meter.means()
 
 
-def test_meter_takes_the_largest_of_soft_labels_as_the_class():
-    meter = engine.Meter(CPU)
-    soft_labels = torch.tensor([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0, 1]])
-    meter.update({"ce": torch.tensor(1.0)}, torch.eye(3), soft_labels, 3)
-    meter.num_images = 3
-    assert meter.means()["top1_error"] == pytest.approx(100 / 3)
-
-
 def mix_up(images, labels):
     """Each image with another one of the batch, both drawn from the global generator; labels (N, 4)."""
     weight = torch.rand(())

@@ -101,35 +101,19 @@ def shifted(p):
     return tensor(p).log() + 5
 
 
-def dml_on_features(words: str) -> float:
-    """The part `dml` where the features have the softmaxes above."""
+@pytest.mark.parametrize(
+    "words, divergence", [("", kl), ("--DML_on_output", kl), ("--DML_as_published", cross_entropy)]
+)
+def test_dml_by_hand(words, divergence):
+    """Both ways between each exit and the final classifier, of the softmaxes of features or of those of logits."""
+    final, one, two = map(shifted, (FINAL, ONE, TWO))
     other = tensor([1, 2])
-    outputs = Outputs(other, shifted(FINAL), (other, other), (shifted(ONE), shifted(TWO)))
-    _, parts = objective_of(words)(outputs, ZERO, ZERO)
-    return parts["dml"].item()
-
-
-def dml_by_hand() -> float:
-    one = kl(ONE, FINAL) + kl(FINAL, ONE)
-    two = kl(TWO, FINAL) + kl(FINAL, TWO)
-    return (one + two) / 2
-
-
-def test_dml_by_hand():
-    assert dml_on_features("--DML") == near(dml_by_hand())
-
-
-def test_dml_on_output_by_hand():
-    other = tensor([1, 2])
-    outputs = Outputs(shifted(FINAL), other, (shifted(ONE), shifted(TWO)), (other, other))
-    _, parts = objective_of("--DML --DML_on_output")(outputs, ZERO, ZERO)
-    assert parts["dml"].item() == near(dml_by_hand())
-
-
-def test_published_dml_by_hand():
-    one = cross_entropy(ONE, FINAL) + cross_entropy(FINAL, ONE)
-    two = cross_entropy(TWO, FINAL) + cross_entropy(FINAL, TWO)
-    assert dml_on_features("--DML --DML_as_published") == near((one + two) / 2)
+    outputs = Outputs(other, final, (other, other), (one, two))
+    if words == "--DML_on_output":
+        outputs = Outputs(final, other, (one, two), (other, other))
+    _, parts = objective_of(f"--DML {words}")(outputs, ZERO, ZERO)
+    both_ways = [divergence(p, FINAL) + divergence(FINAL, p) for p in (ONE, TWO)]
+    assert parts["dml"].item() == near(sum(both_ways) / 2)
 
 
 def dml_value(on_output: bool, outputs: Outputs):

@@ -89,13 +89,6 @@ def kernel_sizes(name, num_blocks):
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 4])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_bottleneck_exits_have_kernels_8_4_2_whatever_the_number_of_blocks(name, num_blocks):
-    of_four_blocks = [[1, 8, 1], [1, 4, 1], [1, 2, 1]]
-    assert kernel_sizes(name, num_blocks) == of_four_blocks[: num_blocks - 1]
-
-
-@pytest.mark.parametrize("num_blocks", [2, 3, 4])
 @pytest.mark.parametrize("name", ["resnet34", "resnext50_32x4d"])
 def test_attention_exits_shrink_in_as_many_steps_as_blocks_follow(name, num_blocks):
     step = [3, 1, 3, 1]
