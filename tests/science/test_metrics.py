@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +22,6 @@ from utils.metrics import (
     reliability,
 )
 from utils.records import METRICS, SHOWN
-
-
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def near(value):
@@ -104,7 +101,7 @@ def test_eaurc_is_aurc_less_that_of_the_best_order(of_five):
 
 
 def test_top1_and_top5_error_count_the_rank_of_the_label():
-    logits = tensor([7, 6, 5, 4, 3, 2, 1])
+    logits = tensor(7, 6, 5, 4, 3, 2, 1)
     ours = metrics_of(logits.expand(7, 7), torch.arange(7))
     assert ours["top1_error"] == near(100 * 6 / 7)  # ranks 2 to 7
     assert ours["top5_error"] == near(100 * 2 / 7)  # ranks 6 and 7
@@ -117,13 +114,13 @@ def test_auroc_of_failure_by_hand(of_four):
 
 def test_augrc_by_hand(of_four):
     # The curve goes through 0, 0, 1/4, 1/4, 1/2, in steps of 1/4: its mean heights
-    heights = tensor([0, 1 / 8, 1 / 4, 3 / 8])
+    heights = tensor(0, 1 / 8, 1 / 4, 3 / 8)
     area = heights.sum().item() / 4
     assert of_four["augrc"] == near(1000 * area)
 
 
 def test_brier_score_of_three_classes_by_hand():
-    logits = tensor([[0.5, 0.3, 0.2]]).log()
+    logits = tensor([0.5, 0.3, 0.2]).log()
     ours = metrics_of(logits, torch.tensor([1]))
     expected = 0.5**2 + 0.7**2 + 0.2**2
     assert ours["brier"] == near(expected)
@@ -144,7 +141,7 @@ def test_adaptive_ece_with_one_bin_of_two_samples():
 def test_adaptive_ece_divides_ties_over_a_border():
     # Three samples per bin. Four tied ones, of which one is wrong, have ranks 3 to 6: one is in the first bin, with a
     # right and a wrong one, and three are in the second. The others are right.
-    confidence = tensor([0.9] * 2 + [0.8] * 4 + [0.5] * 39)
+    confidence = tensor(*[0.9] * 2, *[0.8] * 4, *[0.5] * 39)
     error = torch.zeros(45).double()
     error[[0, 5]] = 1
     first_bin = abs(1 + 0.75 - 2 * 0.9 - 0.8)
@@ -203,7 +200,7 @@ def test_auroc_of_failure_counts_pairs_and_ties_half(samples):
         scores.append(0.5 if right == wrong else right > wrong)
     expected = near(fmean(scores)) if scores else None
     confidence, error = zip(*samples, strict=True)
-    ours = auroc_failure(tensor(confidence), tensor(error))
+    ours = auroc_failure(tensor(*confidence), tensor(*error))
     assert ours == expected
 
 
@@ -223,7 +220,7 @@ def trapezoid_augrc(samples):
 @settings(deadline=None, max_examples=100)
 def test_augrc_is_the_trapezoid_with_ties_as_one_point(samples):
     confidence, error = zip(*samples, strict=True)
-    ours = augrc(tensor(confidence), tensor(error))
+    ours = augrc(tensor(*confidence), tensor(*error))
     assert ours.item() == near(trapezoid_augrc(samples))
 
 
@@ -243,7 +240,7 @@ def brute_force_aurc(confidence, error):
 @settings(deadline=None, max_examples=60)
 def test_tied_confidences_count_at_their_expectation(samples):
     level, error = zip(*samples, strict=True)
-    logits = F.pad(tensor(level)[:, None], (0, 1))  # a second class of logit 0
+    logits = F.pad(tensor(*level)[:, None], (0, 1))  # a second class of logit 0
     ours = metrics_of(logits, torch.tensor(error).long())
     aurc = brute_force_aurc(level, error)
     right_first = [not is_error for is_error in error]
@@ -267,7 +264,7 @@ def test_metrics_where_all_are_right_or_all_wrong(right):
 
 
 def test_metrics_of_a_single_class_are_0():
-    ours = classification_metrics(tensor([[3], [-2]]), torch.tensor([0, 0]))
+    ours = classification_metrics(tensor([3], [-2]), torch.tensor([0, 0]))
     assert set(ours.values()) == {0}
 
 
@@ -289,7 +286,7 @@ def test_top5_error_with_lower_classes_that_tie_with_the_label(num_ties, top5_er
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_floating_type_is_computed_in_float64(dtype):
     # In float32 both confidences are 1: a tie, which would spread the error over both ranks.
-    logits = tensor([[20, 0], [19, 0]]).to(dtype)
+    logits = tensor([20, 0], [19, 0]).to(dtype)
     ours = classification_metrics(logits.requires_grad_(), torch.tensor([0, 1]))
     expected = mean_risk([0, 1])
     assert ours["aurc"] == near(expected)
