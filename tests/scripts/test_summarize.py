@@ -233,6 +233,7 @@ DAMAGE = {
     "list": ("results.json", "{", '[], {"was": '),
     "bare": ("results.json", '"last": {', '"was": {'),
     "text": ("results.json", '"nll": 0.5', '"nll": "low"'),
+    "nan": ("results.json", '"nll": 0.5', '"nll": NaN'),
     "large": ("results.json", '"nll": 0.5', '"nll": 1e308'),
     "time": ("results.json", '"seconds_per_epoch": 10.0', '"seconds_per_epoch": null'),
     "seed": ("config.json", '"seed": 1', '"seed": "1"'),
