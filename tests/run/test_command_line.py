@@ -44,7 +44,6 @@ WRONG = [  # what was typed (`a_file` is a file, `a_folder` a folder), and words
     ("--alpha_T 1.5", "--alpha_T '1.5' number 0 1"),
     ("--BYOT_from_k_block 4", "--BYOT_from_k_block '4' integer 1 3"),
     ("--data_type=--", "--data_type '--'"),
-    ("--lr_decay_schedule=--", "--lr_decay_schedule '--'"),
     ("--seed " + "9" * 5000, "--seed integer 0"),
     ("--lr 1e999", "--lr '1e999' number"),
     ("--classes 101", "--classes 101 100 cifar100"),

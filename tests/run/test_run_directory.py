@@ -163,13 +163,6 @@ def test_directory_without_a_checkpoint_is_named(tmp_path, refused):
     assert error.startswith(f"error: {tmp_path / 'empty'} holds no checkpoint")
 
 
-def test_finished_run_says_so_and_changes_nothing(finished, capsys):
-    before = files(finished)
-    assert train(finished) == 0
-    assert "is finished" in capsys.readouterr().out
-    assert files(finished) == before
-
-
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "predictions.npz"])
 def test_lost_file_of_a_finished_run_is_written_again(name, finished, copied):
     (copied / name).unlink()

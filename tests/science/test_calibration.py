@@ -1,13 +1,12 @@
 """Temperatures and the early-exit curve: fitted and chosen on held-out images, measured on the test split."""
 
-from math import inf, log, nan
+from math import log
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from utils.calibration import AFTER_TEMPERATURE, early_exit_curve, fit_temperature, fit_temperatures, scaled_metrics
-from utils.errors import NonFiniteError
 from utils.metrics import all_metrics, per_sample
 
 TRAINED = ["exit 1", "final"]  # of three classifiers
@@ -67,21 +66,6 @@ def test_scaled_metrics_are_of_logits_divided_by_the_temperature():
     assert scaled["final"] == {name: expected[name] for name in AFTER_TEMPERATURE}
 
 
-def test_fitted_temperature_lowers_the_ece_on_other_images():
-    temperatures = fit_temperatures(*classifiers(seed=0), TRAINED)
-    logits, labels = classifiers(seed=1)
-    before = scaled_metrics(logits, labels, {"final": 1.0})
-    assert scaled_metrics(logits, labels, temperatures)["final"]["ece"] < before["final"]["ece"]
-
-
-@pytest.mark.parametrize("value", [nan, inf, -inf])
-def test_scaled_metrics_refuse_logits_that_are_not_finite(value):
-    logits, labels = classifiers(seed=0)
-    logits[2, 7] = value
-    with pytest.raises(NonFiniteError):
-        scaled_metrics(logits, labels, {"final": 1.0})
-
-
 COSTS = {"exit 1": 10, "exit 2": 25, "final": 40}  # multiply-adds
 OF_ALL = {"exit 1": 1.5, "exit 2": 0.7, "final": 2.0}
 OF_TWO = {"exit 1": 2.0, "final": 1.0}
@@ -111,17 +95,11 @@ def test_early_exit_curve_is_what_stopping_each_image_by_itself_gives(temperatur
             num_right += int(z.argmax() == label)
             cost += COSTS[name]
         assert point["accuracy"] == pytest.approx(num_right / 2)  # % of 200
-        if threshold <= 1:
-            assert point["multiply_adds"] == pytest.approx(cost / 200)
-
-
-@TEMPERATURES
-def test_early_exit_curve_goes_from_the_first_exit_to_the_backbone_alone(temperatures):
-    result = early_exit_curve(classifiers(seed=1), classifiers(seed=3), temperatures, COSTS, 36)
-    first, *_, last = result["curve"]
-    assert first["multiply_adds"] == 10
-    assert last["multiply_adds"] == 36
-    assert last["threshold"] > 1
+        if threshold > 1:  # the backbone alone
+            cost = 200 * 36
+        assert point["multiply_adds"] == pytest.approx(cost / 200)
+    assert result["curve"][0]["multiply_adds"] == 10  # all stop at the first exit
+    assert threshold > 1
 
 
 @TEMPERATURES

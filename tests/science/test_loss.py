@@ -101,35 +101,19 @@ def shifted(p):
     return tensor(p).log() + 5
 
 
-def dml_on_features(words: str) -> float:
-    """The part `dml` where the features have the softmaxes above."""
+@pytest.mark.parametrize(
+    "words, divergence", [("", kl), ("--DML_on_output", kl), ("--DML_as_published", cross_entropy)]
+)
+def test_dml_by_hand(words, divergence):
+    """Both ways between each exit and the final classifier, of the softmaxes of features or of those of logits."""
+    final, one, two = map(shifted, (FINAL, ONE, TWO))
     other = tensor([1, 2])
-    outputs = Outputs(other, shifted(FINAL), (other, other), (shifted(ONE), shifted(TWO)))
-    _, parts = objective_of(words)(outputs, ZERO, ZERO)
-    return parts["dml"].item()
-
-
-def dml_by_hand() -> float:
-    one = kl(ONE, FINAL) + kl(FINAL, ONE)
-    two = kl(TWO, FINAL) + kl(FINAL, TWO)
-    return (one + two) / 2
-
-
-def test_dml_by_hand():
-    assert dml_on_features("--DML") == near(dml_by_hand())
-
-
-def test_dml_on_output_by_hand():
-    other = tensor([1, 2])
-    outputs = Outputs(shifted(FINAL), other, (shifted(ONE), shifted(TWO)), (other, other))
-    _, parts = objective_of("--DML --DML_on_output")(outputs, ZERO, ZERO)
-    assert parts["dml"].item() == near(dml_by_hand())
-
-
-def test_published_dml_by_hand():
-    one = cross_entropy(ONE, FINAL) + cross_entropy(FINAL, ONE)
-    two = cross_entropy(TWO, FINAL) + cross_entropy(FINAL, TWO)
-    assert dml_on_features("--DML --DML_as_published") == near((one + two) / 2)
+    outputs = Outputs(other, final, (other, other), (one, two))
+    if words == "--DML_on_output":
+        outputs = Outputs(final, other, (one, two), (other, other))
+    _, parts = objective_of(f"--DML {words}")(outputs, ZERO, ZERO)
+    both_ways = [divergence(p, FINAL) + divergence(FINAL, p) for p in (ONE, TWO)]
+    assert parts["dml"].item() == near(sum(both_ways) / 2)
 
 
 def dml_value(on_output: bool, outputs: Outputs):
@@ -142,15 +126,6 @@ def test_dml_gradient_goes_both_ways(on_output, final):
     expected = {name for name in leaves(outputs) if final in name}
     assert len(expected) == 4
     assert receives_gradient(dml_value(on_output, outputs), outputs) == expected
-
-
-@pytest.mark.parametrize("on_output", [False, True])
-def test_dml_is_symmetric(on_output):
-    final, feature, (logits,), (exit_feature,) = outputs = random_outputs(exits=1)
-    exchanged = Outputs(logits, exit_feature, (final,), (feature,))
-    value = dml_value(on_output, outputs).item()
-    assert value > 0.1
-    assert dml_value(on_output, exchanged).item() == near(value)
 
 
 @pytest.mark.parametrize("on_output", [False, True])
@@ -224,8 +199,8 @@ def test_pskd_targets_mix_with_soft_labels_by_hand(targets):
     assert y_soft.flatten().tolist() == near([*seen, 0.1, 0.9])
 
 
-def assert_one_hot(alpha_T: float, epochs: int) -> None:
-    """In each of the first `epochs` epochs of 3."""
+@pytest.mark.parametrize("alpha_T, epochs", [(0.8, 1), (0.0, 3)])
+def test_pskd_targets_are_one_hot_to_the_bit_in_the_first_epoch_and_with_alpha_T_0(alpha_T, epochs):
     targets = ProgressiveTargets(5, 4, alpha_T, 3)
     one_hot = F.one_hot(LABELS, 4).float()
     for epoch in range(epochs):
@@ -233,14 +208,6 @@ def assert_one_hot(alpha_T: float, epochs: int) -> None:
         for _ in range(2):  # the second time the memory is filled
             y_soft = targets(random_outputs(), LABELS, INDEX)
             assert torch.equal(y_soft, one_hot)
-
-
-def test_pskd_targets_are_one_hot_to_the_bit_in_the_first_epoch():
-    assert_one_hot(alpha_T=0.8, epochs=1)
-
-
-def test_pskd_targets_are_one_hot_to_the_bit_with_alpha_T_0():
-    assert_one_hot(alpha_T=0.0, epochs=3)
 
 
 def descend(weight, loss) -> None:

@@ -12,12 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import NARROWEST, assert_identical, build_network, network_images
+from helpers import NARROWEST, assert_identical, build_network, make_small, network_images, run
 from torch import nn
 
 import data
-import main
-from data import synthetic
 from models import ALIASES, MODELS, load_run
 from models.exits import PatchConv2d
 from utils import records
@@ -91,13 +89,6 @@ def kernel_sizes(name, num_blocks):
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 4])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_bottleneck_exits_have_kernels_8_4_2_whatever_the_number_of_blocks(name, num_blocks):
-    of_four_blocks = [[1, 8, 1], [1, 4, 1], [1, 2, 1]]
-    assert kernel_sizes(name, num_blocks) == of_four_blocks[: num_blocks - 1]
-
-
-@pytest.mark.parametrize("num_blocks", [2, 3, 4])
 @pytest.mark.parametrize("name", ["resnet34", "resnext50_32x4d"])
 def test_attention_exits_shrink_in_as_many_steps_as_blocks_follow(name, num_blocks):
     step = [3, 1, 3, 1]
@@ -167,14 +158,6 @@ def test_narrowest_width_leaves_every_layer_a_channel(name, words):
     assert model(network_images()).logits.isfinite().all()
 
 
-@EVERY_NETWORK
-def test_less_than_the_narrowest_width_is_refused(name, capsys):
-    width = NARROWEST.get(name, 1) - 1
-    with pytest.raises(SystemExit):
-        main.parse_args(["--device", "cpu", "--classifier_type", name, "--width", str(width)])
-    assert "--width" in capsys.readouterr().err
-
-
 def assert_same_function(found, expected, inputs):
     """The same values, and the same gradients of the inputs."""
     torch.testing.assert_close(found, expected)
@@ -221,16 +204,14 @@ BEST_TEMPERATURES = {"exit 2": 2.0, "exit 3": 3.0, "final": 4.0}
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run with --val_split, whose best epoch is not its last and whose exit 1 no loss trains; its val loader."""
-    words = "--BYOT --BYOT_from_k_block 2 --data_type synthetic --classes 5 --limit_train 40 --limit_val 10 --width 4"
-    words += " --end_epoch 2 --batch_size 20 --lr 0.01 --val_split 0.2 --save_predictions --device cpu --precision fp32"
-    root = tmp_path_factory.mktemp("runs")
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    words = "--BYOT --BYOT_from_k_block 2 --val_split 0.25 --save_predictions"
+    assert run(directory, *words.split()) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "TRAIN_PER_CLASS", 20)
-        argv = [*words.split(), "--experiments_dir", str(root), "--run_name", "run"]
-        assert main.main(argv) == 0
-        _, val = data.build_loaders(main.parse_args(argv), "cpu")
-    change(root / "run", "previous", "best", test={"best": records.TestRecord(0, BEST_TEMPERATURES)})
-    return root / "run", val
+        make_small(patch)
+        _, val = data.build_loaders(load_run(directory)[1]["args"], "cpu")
+    change(directory, "previous", "best", test={"best": records.TestRecord(0, BEST_TEMPERATURES)})
+    return directory, val
 
 
 def change(run: Path, name: str, changed_name: str, **fields) -> None:
@@ -249,7 +230,7 @@ def copied(trained, tmp_path):
 def test_load_run_gives_the_trained_network(trained):
     run, val = trained
     model, info = load_run(run)
-    pixels = val.raw_images(torch.arange(10)) / 255
+    pixels = val.raw_images(torch.arange(val.num_samples)) / 255
     mean = torch.tensor(info["mean"]).view(3, 1, 1)
     std = torch.tensor(info["std"]).view(3, 1, 1)
     with torch.no_grad():
@@ -264,7 +245,7 @@ def test_load_run_tells_what_is_needed_to_use_the_network(trained):
     run, val = trained
     _, info = load_run(run)
     assert info["class_names"] == val.record.class_names
-    assert (info["image_size"], info["epoch"], info["args"].width) == (32, 1, 4)
+    assert (info["image_size"], info["epoch"], info["args"].width) == (16, 1, 4)
 
 
 def test_load_run_gives_the_fitted_temperatures_of_trained_classifiers(trained):
@@ -321,9 +302,7 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize(
-    "damage", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"[]"), cut]
-)
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
 def test_load_run_names_a_checkpoint_that_is_missing_or_damaged(copied, damage):
     path = copied / "checkpoint_last.pth"
     damage(path)

@@ -129,13 +129,6 @@ def test_restored_objective_gives_identical_losses(words):
     assert torch.equal(found, expected)
 
 
-def test_alpha_t_grows_linearly():
-    objective = objective_of("--PSKD --alpha_T 0.6 --end_epoch 3")
-    for epoch, alpha_t in enumerate((0.2, 0.4, 0.6)):
-        objective.set_epoch(epoch)
-        assert objective.soften.alpha_t == near(alpha_t)
-
-
 def test_mean_of_the_losses_of_unequal_shards_is_the_loss_of_the_global_batch(monkeypatch):
     """Two emulated processes with 3 and 2 of 5 images; their gradients are averaged, as DistributedDataParallel does.
     A term of the user's, a plain mean, is among them."""

@@ -5,14 +5,12 @@ import pytest
 import summarize
 from helpers import NO_METHOD, ONLY_BYOT, TEST_BLOCK, cells, images_record, make_finished_run, metrics, start_record
 
-
-@pytest.mark.parametrize("df, printed", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (15, 2.131), (120, 1.980)])
-def test_student_quantiles_are_those_of_printed_tables(df, printed):
-    assert intervals.student_quantile(0.95, df) == pytest.approx(printed, abs=5e-4)
+PRINTED = [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 10, 2.228), (0.95, 120, 1.980), (0.99, 10, 3.169)]
 
 
-def test_student_quantile_at_another_level():
-    assert intervals.student_quantile(0.99, 10) == pytest.approx(3.169, abs=5e-4)
+@pytest.mark.parametrize("level, df, printed", PRINTED)
+def test_student_quantiles_are_those_of_printed_tables(level, df, printed):
+    assert intervals.student_quantile(level, df) == pytest.approx(printed, abs=5e-4)
 
 
 def test_student_quantile_between_whole_degrees_of_freedom():

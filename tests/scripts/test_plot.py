@@ -175,14 +175,6 @@ def test_runs_left_out_for_one_reason_share_a_line(root, capsys):
     assert line.endswith(" and 1 more (no trained exits, or no --val_split)")
 
 
-def test_a_group_without_early_exits_is_left_out(root, capsys):
-    make_run(root, "dml", 25.0, 1, methods=["DML"])
-    draw(root, "early_exit")
-    out = capsys.readouterr().out
-    assert out.startswith("left out of early_exit: ")
-    assert "/dml (no trained exits, or no --val_split)" in out
-
-
 def test_panels_show_only_data_sets_that_have_the_figure(root, capsys):
     make_run(root, "dml", 25.0, 1, methods=["DML"], data_type="synthetic")
     assert len(draw(root, "early_exit").axes) == 1

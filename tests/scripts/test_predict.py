@@ -87,25 +87,19 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
     assert "must be a run directory" in capsys.readouterr().err
 
 
-def resize_some(photos):
-    for number, file in enumerate(sorted(photos.glob("*/*/*.png"))):
-        if number % 3 == 0:
-            with Image.open(file) as image:
-                image.resize((30, 24 + number)).save(file)
-
-
-def turn_some(photos):
+def vary(photos):
+    """Of different sizes, and every second one on its side, as its EXIF tag says."""
     tags = Image.Exif()
-    tags[0x0112] = 6
-    for file in sorted(photos.glob("*/*/*.png"))[::2]:
+    for number, file in enumerate(sorted(photos.glob("*/*/*.png"))):
         with Image.open(file) as image:
-            image.resize((20, 28)).transpose(Image.Transpose.ROTATE_90).save(file, exif=tags)
-    for file in sorted(photos.glob("*/*/*.png"))[1::2]:
-        with Image.open(file) as image:
-            image.resize((20, 28)).save(file)
+            image = image.resize((20, 20 + number))
+        if number % 2:
+            image = image.transpose(Image.Transpose.ROTATE_90)
+        tags[0x0112] = 6 if number % 2 else 1
+        image.save(file, exif=tags)
 
 
-@pytest.mark.parametrize("change", [lambda photos: None, resize_some, turn_some])
+@pytest.mark.parametrize("change", [lambda photos: None, vary])
 @pytest.mark.parametrize("image_size", [16, 24])
 def test_images_are_prepared_exactly_as_those_of_validation(change, image_size, tmp_path, monkeypatch):
     save_photos(tmp_path / "photos")
@@ -134,12 +128,9 @@ FORGED = "b\nerror: forged \x1b[31m"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on images of the classes `a` and one whose name forges an error."""
+    """A run on images of the classes `a` and `b`."""
     directory = tmp_path_factory.mktemp("trained")
-    photos = directory / "photos"
-    save_photos(photos)
-    for split in ("train", "test"):
-        (photos / split / "b").rename(photos / split / FORGED)
+    save_photos(directory / "photos")
     train(directory)
     return directory
 
@@ -149,40 +140,23 @@ def photo(trained):
     return next((trained / "photos" / "test" / "a").glob("*.png"))
 
 
-def test_a_file_is_classified(trained, photo, capsys):
-    assert call(trained / "run", photo) == 0
-    assert capsys.readouterr().out.startswith(f"{photo}: ")
-
-
-def test_names_are_printed_on_one_line_without_control_characters(trained, photo, tmp_path, capsys):
+def test_names_are_printed_on_one_line_without_control_characters(trained, photo, tmp_path, monkeypatch, capsys):
+    """Of classes, of an image and of a damaged file."""
+    model, info = load_run(trained / "run")
+    info["class_names"] = [FORGED, FORGED]
+    monkeypatch.setattr(predict, "load_run", lambda *args: (model, info))
     forged = tmp_path / FORGED
     forged.mkdir()
     shutil.copy(photo, forged / "x.png")
     (forged / "damaged.png").touch()
-    assert call(trained / "run", forged, trained / "photos" / "test") == 1
+    assert call(trained / "run", forged) == 1
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 9
-    assert "\\nerror: forged \\x1b[31m" in out
+    assert out.count("\n") == 1
+    assert out.count("b\\nerror: forged \\x1b[31m") == 2
     note, error = err.splitlines()
     assert note.startswith("note:")
     assert error.startswith("error:")
-    assert (out + err).isascii()
     assert "\x1b" not in out + err
-
-
-def test_class_names_are_printed_without_control_characters(trained, photo, monkeypatch, capsys):
-    model, info = load_run(trained / "run")
-    info["class_names"] = [FORGED, FORGED]
-    monkeypatch.setattr(predict, "load_run", lambda *args: (model, info))
-    assert call(trained / "run", photo) == 0
-    assert capsys.readouterr().out.startswith(f"{photo}: b\\nerror: forged \\x1b[31m ")
-
-
-def test_pipe_named_as_an_image_is_an_error(trained, tmp_path, capsys):
-    pipe = tmp_path / "x.png"
-    os.mkfifo(pipe)
-    assert call(trained / "run", tmp_path) == 1
-    assert f"error: {pipe} is not a regular file\n" in capsys.readouterr().err
 
 
 def test_missing_file_is_an_error(trained, tmp_path, capsys):

@@ -109,14 +109,6 @@ def test_export_does_not_remove_lines_that_cannot_be_read(tmp_path, summary, cap
         assert "study.jsonl:2" in capsys.readouterr().err
 
 
-def test_home_directory_is_found(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    make_finished_run(tmp_path / "exp", "a", 20.0)
-    summarize.main(["~/exp", "--export", "~/study.jsonl"])
-    assert cells(capsys.readouterr().out, row="8")
-    assert (tmp_path / "study.jsonl").exists()
-
-
 def test_output_that_is_ascii_and_names_that_are_not_utf_8(tmp_path):
     make_finished_run(tmp_path, "a1", 20.0, 1)
     make_finished_run(tmp_path, "a2", 21.0, 2)
