@@ -38,7 +38,8 @@ def load_run(path, epoch: str = "last") -> tuple[MultiExitNetwork, dict]:
     checkpoint = load_checkpoint(file)
     run = checkpoint.run
     if epoch == "best":
-        history = load_checkpoint(file.with_name(LAST)).run.history
+        last = file.with_name(LAST)
+        history = load_checkpoint(last).run.history if last.exists() else run.history
         if run.history != history[: best_epoch(history).epoch + 1]:
             raise UserError(f"{file} is not of the best epoch of the run in {path}")
     with reading(file):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from utils import distributed, launch
 from utils.compile import Compiled
+from utils.errors import phase
 from utils.metrics import all_metrics, per_sample, rows_per_chunk
 from utils.records import Classifiers, classifier_names
 
@@ -184,6 +185,7 @@ def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loa
     return result
 
 
+@phase("evaluation")
 @torch.no_grad()
 def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     """Logits of every classifier for a complete split, shallow to deep, the final one last: (B, M, K) float32, and
@@ -205,6 +207,7 @@ def predict(model: nn.Module, loader, precision: str) -> tuple[Tensor, Tensor]:
     return distributed.all_reduce_sum_(logits), distributed.all_reduce_sum_(all_labels)
 
 
+@phase("evaluation")
 def evaluate(logits: Tensor, labels: Tensor, trained: list[str]) -> Classifiers:
     """Metrics (`utils.records.METRICS`) of every classifier that a loss trains and, if there are several, of their
     `ensemble`, the mean of their probabilities.

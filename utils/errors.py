@@ -62,19 +62,32 @@ def describe_error(error: Exception, args) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, NonFiniteError):
-        remedy = "try a lower --lr, more steps per epoch or --precision fp32"
-        return f"{error} (NaN or infinity); earlier checkpoints are kept; {remedy}"
+        remedy = "a lower --lr, more steps per epoch" + ("" if args.precision == "fp32" else " or --precision fp32")
+        return f"{error} (NaN or infinity); earlier checkpoints are kept; try {remedy}"
     if isinstance(error, OSError):
         path = error.filename or Path(args.experiments_dir, args.run_name)
         return f"{path}: {error.strerror or error}; fix it and rerun the same command"
     if is_out_of_memory(error):
-        remedy = "" if args.val_only else ", or lower --batch_size, --image_size or --width"
-        return f"out of memory on {args.device}: free memory that other programs use, use --precision bf16{remedy}"
+        half = ", or use --precision bf16" if args.precision in ("fp32", "tf32") else ""
+        if getattr(error, "phase", "training") == "evaluation":  # whose batch has a size of its own
+            return f"out of memory in evaluation on {args.device}: free memory that other programs use{half}"
+        what = f"out of memory in training with --batch_size {args.batch_size} on {args.device}"
+        return f"{what}: lower --batch_size, --image_size or --width{half}"
     if "can't start new thread" in str(error):
         return "no further thread can be started: raise the limit of processes (ulimit -u)"
     if any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error)):
         return f"--compile does not work here ({first_line(error)}); rerun without it"
     return None
+
+
+@contextlib.contextmanager
+def phase(name: str):
+    """Within, or in a function that this decorates, an error says in its `phase` where it arose."""
+    try:
+        yield
+    except Exception as error:
+        error.phase = name
+        raise
 
 
 def is_out_of_memory(error: Exception) -> bool:

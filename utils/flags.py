@@ -144,14 +144,18 @@ def check_machine(args: argparse.Namespace, fail) -> None:
         args.precision = "bf16" if is_new_gpu or (not on_gpu and has_bf16_instructions()) else "fp32"
     if not is_new_gpu and (args.precision == "tf32" or (on_gpu and args.precision == "bf16")):
         fail(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0+; use fp16 or fp32")
+    if args.precision == "fp16" and on_gpu and torch.cuda.get_device_capability(device) < (7, 0):
+        fail("argument --precision: fp16 needs a GPU of compute capability 7.0 or higher; use fp32")
     if args.val_only:  # what follows concerns training
         return
     if args.sync_bn and not on_gpu:
         fail("argument --sync_bn: needs GPUs; on a CPU BatchNorm is per process")
     if args.cuda_graph and not (on_gpu and launch.WORLD.size == 1):
         fail("argument --cuda_graph: needs one GPU and one process")
-    if args.batch_size % launch.WORLD.size:
-        fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {launch.WORLD.size} processes")
+    processes = launch.WORLD.size
+    if args.batch_size % processes:
+        near = max(processes, args.batch_size // processes * processes)
+        fail(f"argument --batch_size: {args.batch_size} cannot be split evenly over {processes} processes; use {near}")
 
 
 def _check_paths(args: argparse.Namespace, fail) -> None:

@@ -151,6 +151,8 @@ class RunRecord:
 
 def to_json(value):
     """A record as dicts, lists and plain values. Fields that are None are left out, since None is their default."""
+    if isinstance(value, float | int | str):  # nearly all are, and are converted anew at every save
+        return value
     if isinstance(value, Change):
         return value._asdict()
     if dataclasses.is_dataclass(value):

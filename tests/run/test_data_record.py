@@ -138,10 +138,11 @@ def test_own_validation_images_select_and_the_test_split_is_used_at_the_end(plai
     assert results["test"]["last"]["metrics"] == results["last"]["val"]
     assert results["test"]["best"]["temperatures"]
     assert val_only(Path("new"), OUT) == 0
-    assert "8 validation images" in capsys.readouterr().out
-    exchange_image(PHOTOS, "val", 0)
+    exchange_image(PHOTOS, "val", 0)  # which is in no training split
     assert val_only(Path("new"), OUT) == 0
-    assert "8 test images" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(": 8 validation images") == 2
+    written = read(OUT, "val.json")
+    assert written["images"] != written["images_of_the_run"]
 
 
 def test_folder_without_a_test_split_needs_val_split(plain_run, refused):

@@ -233,6 +233,7 @@ def precision_or_refusal(words: str) -> str:
         ("--device cuda:2 --precision bf16", "argument --precision: bf16 needs a GPU of"),
         ("--device cuda:2 --precision tf32", "argument --precision: tf32 needs a GPU of"),
         ("--device cuda:2 --precision fp16", "fp16"),
+        ("--device cuda:4 --precision fp16", "argument --precision: fp16 needs a GPU of compute capability 7.0"),
         ("--device cuda:5", "argument --device: 'cuda:5' cannot be used here; this machine has cpu and 5 NVIDIA GPUs"),
     ],
 )
@@ -277,18 +278,18 @@ def fill_in_evaluation(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "words, prepare",
+    "words, prepare, message",
     [
-        ("", functools.partial(fill_in_step, 0)),
-        ("--cuda_graph", functools.partial(fill_in_step, 3)),
-        ("", fill_in_evaluation),
+        ("", functools.partial(fill_in_step, 0), "in training with --batch_size 8 on cuda:3: lower"),
+        ("--cuda_graph", functools.partial(fill_in_step, 3), "in training with --batch_size 8 on cuda:3: lower"),
+        ("", fill_in_evaluation, "in evaluation on cuda:3: free memory"),
     ],
     ids=["training", "capture", "evaluation"],
 )
-def test_out_of_memory_is_one_line(words, prepare, gpu, tmp_path):
+def test_out_of_memory_is_one_line_that_names_the_phase(words, prepare, message, gpu, tmp_path):
     run = gpu(command, tmp_path / "run", f"{ALL} --device cuda:3 {words}", "crop", prepare)
     assert run.status == 1
-    assert "error: out of memory on cuda:3: free memory" in run.errors.splitlines()[-1]
+    assert f"error: out of memory {message}" in run.errors.splitlines()[-1]
 
 
 def read_in_step(number: int, patch: pytest.MonkeyPatch) -> None:

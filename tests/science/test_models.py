@@ -210,7 +210,10 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         _, val = data.build_loaders(load_run(directory)[1]["args"], "cpu")
-    change(directory, "previous", "best", test={"best": records.TestRecord(0, BEST_TEMPERATURES)})
+    history = load_checkpoint(directory / "checkpoint_last.pth").run.history
+    history[0].val["final"]["top1_error"] = 0.0
+    change(directory, "last", "last", history=history)
+    change(directory, "previous", "best", history=history[:1], test={"best": records.TestRecord(0, BEST_TEMPERATURES)})
     return directory, val
 
 
@@ -218,7 +221,7 @@ def change(run: Path, name: str, changed_name: str, **fields) -> None:
     """Write a checkpoint of a run with other fields of its record, under another name or the same."""
     checkpoint = load_checkpoint(run / f"checkpoint_{name}.pth")
     record = dataclasses.replace(checkpoint.run, **fields)
-    write_checkpoint(run / f"checkpoint_{changed_name}.pth", checkpoint.states, records.to_json(record))
+    write_checkpoint(run / f"checkpoint_{changed_name}.pth", checkpoint.states, record)
 
 
 @pytest.fixture
