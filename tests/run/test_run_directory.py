@@ -70,7 +70,7 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, refused):
     error = RuntimeError("CUDA error: operation failed during capture")
     error.__context__ = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     before_step(monkeypatch, 0, mock.Mock(side_effect=error))
-    assert "out of memory on cpu: free memory" in refused(train, tmp_path / "run")
+    assert "out of memory in training with --batch_size 16" in refused(train, tmp_path / "run")
 
 
 def test_numbers_that_are_not_finite_name_epoch_and_terms(tmp_path, monkeypatch, refused):

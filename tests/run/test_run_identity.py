@@ -66,8 +66,7 @@ def test_more_epochs_than_asked_for_are_refused():
 
 def test_runs_are_exported_without_a_disk(finished):
     run = load_checkpoint(finished / LAST).run
-    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    contents = exports(run, "finished", main.RUNTIME_FLAGS, lines)
+    contents = exports(run, "finished", main.RUNTIME_FLAGS)
     assert list(contents) == ["results.json", "metrics.jsonl", "config.json"]
     for name, text in contents.items():
         assert (finished / name).read_text() == text
