@@ -57,7 +57,7 @@ def _classifiers(model: MultiExitNetwork, images: Tensor, deciding: Collection[s
 
 def confidence(logits: Tensor, temperature: float) -> Tensor:
     """The largest probability of softmax(logits / temperature), in float64 as in the metrics: (..., K) -> (...,)."""
-    return (logits.double() / temperature).log_softmax(dim=-1).amax(dim=-1).exp()
+    return (logits.double() / temperature).softmax(dim=-1).amax(dim=-1)
 
 
 @torch.no_grad()

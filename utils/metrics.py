@@ -81,10 +81,9 @@ def per_sample(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tens
 def _per_sample(logits: Tensor, labels: Tensor) -> Tensor:
     """`per_sample` of one chunk in float64."""
     label = labels[:, None]
-    log_probabilities = logits.log_softmax(dim=1)  # exact also where logits are huge and tie
-    probabilities = log_probabilities.exp()
+    probabilities = logits.softmax(dim=1)
     confidence = probabilities.amax(dim=1)
-    nll = -log_probabilities.gather(1, label)
+    nll = -logits.log_softmax(dim=1).gather(1, label)  # exact also where logits are huge and tie
     of_label = logits.gather(1, label)
     before = torch.arange(logits.shape[1], device=logits.device) < label
     rank = ((logits > of_label) | ((logits == of_label) & before)).sum(dim=1)
