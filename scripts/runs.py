@@ -245,7 +245,10 @@ def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
             continue
         used = by_setting.setdefault(f"{run.row} {run.images}", {}).setdefault(run.seed, run)
         if used is not run:
-            skipped.append(Skipped(source.name, f"the same flags and seed as {used.source.name}, which is used"))
+            differs = run.values != used.values
+            reason = f"the same flags and seed as {used.source.name}, which is used"
+            reason += ", but with other numbers" if differs else ""
+            skipped.append(Skipped(source.name, reason, source.path if differs else None))
     groups = [[runs[seed] for seed in sorted(runs)] for runs in by_setting.values()]
     return name_groups(groups), skipped
 

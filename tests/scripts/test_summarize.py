@@ -268,3 +268,15 @@ def test_published_rows_are_the_papers():
     combinations = [[], ["BYOT"], ["DML"], ["PSKD"], ["PSKD", "BYOT"], ["PSKD", "DML"], ["BYOT", "DML"]]
     assert [row["methods"] for row in first] == 3 * [*combinations, ["PSKD", "BYOT", "DML"]]
     assert (first[23]["aurc"], first[7]["ece"]) == (45.71, 4.15)
+
+
+def test_export_keeps_a_second_run_of_one_seed_that_has_other_numbers(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl"
+    for name, top1 in (("a", 30.0), ("b", 31.0)):
+        make_finished_run(tmp_path / name, name, top1)
+        assert summarize.main([str(tmp_path / name), "--export", str(tmp_path / f"{name}.jsonl")]) == 0
+    file.write_text("".join((tmp_path / f"{name}.jsonl").read_text() for name in "ab"))
+    before = file.read_text()
+    assert summarize.main([str(file), "--export", str(file)]) == 1
+    assert "with other numbers" in capsys.readouterr().err
+    assert file.read_text() == before
