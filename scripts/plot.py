@@ -19,6 +19,7 @@ them; each network and data set has a panel.
 
 import argparse
 import json
+import re
 import signal
 import sys
 import textwrap
@@ -213,6 +214,7 @@ def add_caption(figure, text: str, groups: list[Group]) -> None:
     for group in groups:
         settings["; ".join([panel(group), *sorted(map(change_text, group.common))])] = True
     text = f"{text} n = {' to '.join(map(str, {numbers[0], numbers[-1]}))}. {'. '.join(settings)}."
+    text = re.sub(r"n = \d+|\[[^]]*]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
     figure.suptitle(textwrap.fill(text, int(CHARACTERS * figure.get_figwidth())), fontsize="medium")
     figure.set_figheight(figure.get_figheight() + 0.13 * (1 + figure.get_suptitle().count("\n")))
 

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -61,6 +62,8 @@ def process_group(name: str):
         if isinstance(e, dist.DistError) or "/gloo/transport/" in str(e):
             raise UserError(f"another process exited, see its own message or torchrun's ({first_line(e)})") from None
         raise
+    # Before PyTorch 2.8 destroying the group waits for gloo's threads without letting them drop their last tensors.
+    time.sleep(0.2)
     # Not after an error: it waits for collectives under way, to which the others may never come. A process that
     # fails just ends, and torchrun ends the others.
     dist.destroy_process_group()
