@@ -1,5 +1,6 @@
 """Auxiliary classifiers on intermediate stages, and the network of a backbone and its exits."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ class MultiExitNetwork(nn.Module):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        exits = [exit_(m) for exit_, m in zip(self.exits, maps, strict=False)]  # the last has none
+        exits = [exit_(maps[i]) for i, exit_ in enumerate(self.exits)]  # the last has none
         logits, feature = classify(self.fc, x)
         return Outputs(logits, feature, tuple(z for z, _ in exits), tuple(f for _, f in exits))
 
@@ -166,6 +167,8 @@ def init_weights(module: nn.Module) -> None:
 def classify(fc: nn.Linear, feature_map: Tensor) -> tuple[Tensor, Tensor]:
     """A map (N, D, h, w) -> logits (N, K) and the feature (N, D), which is its average. Outside autocast, in the
     precision of `fc`, because losses, memory and metrics are computed from them."""
-    with torch.autocast(feature_map.device.type, enabled=False):
+    kind = feature_map.device.type
+    # where it is off already, no context, which PyTorch 2.4 cannot export
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
         feature = feature_map.to(fc.weight.dtype).mean(dim=(2, 3))
         return fc(feature), feature

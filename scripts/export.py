@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         export(args.run, args.epoch, args.out)
-    except ImportError as e:
-        print_error(f"{e}: pip install onnx onnxscript")
+    except (ImportError, TypeError) as e:  # the second from an old PyTorch's torch.onnx
+        print_error(f"{e}: pip install --upgrade onnx onnxscript torch torchvision")
     except (UserError, OSError) as e:
         print_error(str(e))
     else:
@@ -64,7 +64,6 @@ def export(run: Path, epoch: str, out: Path) -> None:
     network = ByName(model.to(memory_format=torch.contiguous_format), names)
     any_number = {"images": {0: torch.export.Dim("N")}}
     program = torch.export.export(network, (torch.zeros(2, 3, size, size),), dynamic_shapes=any_number)
-    program = program.run_decompositions({})  # autocast's regions, which cannot be written
     if out.suffix == ".onnx":
         torch.onnx.export(program, input_names=["images"], output_names=names, verbose=False).save(out)
     else:

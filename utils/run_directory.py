@@ -223,7 +223,7 @@ class RunDirectory:
         self.run.test, self.run.finished = test, True
         if (self.path / BEST).exists():
             best = load_checkpoint(self.path / BEST)
-            best.run.test = test
+            best.run.test, best.run.finished = test, False  # also where it is LAST of a finished run
             write_checkpoint(best.file, best.states, best.run)
         self._write_last(load_checkpoint(self.path / LAST).states)
         self.export("finished")

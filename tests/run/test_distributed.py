@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,14 @@ def launch_processes(num: int, logs: Path, work, *args, max_restarts: int = 0) -
     options |= {"start_method": "forkserver", "monitor_interval": 0.1, "max_restarts": max_restarts}
     options["rdzv_configs"] = {"rank": 0, "timeout": 300}
     options["logs_specs"] = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
-    start = elastic_launch(LaunchConfig(1, 1, num, **options), work)
-    start(*args)
+    start = elastic_launch(LaunchConfig(1, 1, num, **options), quietly)
+    start(work, *args)
+
+
+def quietly(work, *args) -> None:
+    """Without PyTorch 2.4's warning of how it pickles tensors itself."""
+    warnings.simplefilter("ignore", FutureWarning)
+    work(*args)
 
 
 def printed(logs: Path, rank: int) -> str:

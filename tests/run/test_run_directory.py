@@ -170,6 +170,16 @@ def test_lost_file_of_a_finished_run_is_written_again(name, finished, copied):
     assert content(copied) == content(finished)
 
 
+def test_checkpoints_are_the_same_again_where_the_last_epoch_is_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "best_epoch", lambda history: history[-1])
+    assert train(tmp_path / "run") == 0
+    before = content(tmp_path / "run")
+    assert BEST in before
+    (tmp_path / "run" / "predictions.npz").unlink()
+    assert train(tmp_path / "run") == 0
+    assert content(tmp_path / "run") == before
+
+
 def test_another_experiment_is_refused_before_anything_is_written(finished, tmp_path, refused):
     before = files(finished)
     for words in ([], ["--resume", str(finished)]):
