@@ -19,7 +19,6 @@ them; each network and data set has a panel.
 
 import argparse
 import json
-import re
 import signal
 import sys
 import textwrap
@@ -52,6 +51,7 @@ DASHES = (
 EARLY_EXIT = (BASE, "BYOT", "PSKD+BYOT+DML")  # more curves cover each other
 DIFFERENCES = ("top1_error", "ece", "ece_after_T")
 CHARACTERS = 15  # in an inch
+SPACE = "\N{NO-BREAK SPACE}"
 
 
 class Kind(NamedTuple):
@@ -212,9 +212,9 @@ def add_caption(figure, text: str, groups: list[Group]) -> None:
     numbers = sorted({len(group.runs) for group in groups})
     settings = {}
     for group in groups:
-        settings["; ".join([panel(group), *sorted(map(change_text, group.common))])] = True
-    text = f"{text} n = {' to '.join(map(str, {numbers[0], numbers[-1]}))}. {'. '.join(settings)}."
-    text = re.sub(r"n = \d+|\[[^]]*]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+        flags = sorted(change_text(change).replace(" ", SPACE) for change in group.common)
+        settings["; ".join([panel(group), *flags])] = True
+    text = f"{text} n{SPACE}={SPACE}{' to '.join(map(str, {numbers[0], numbers[-1]}))}. {'. '.join(settings)}."
     figure.suptitle(textwrap.fill(text, int(CHARACTERS * figure.get_figwidth())), fontsize="medium")
     figure.set_figheight(figure.get_figheight() + 0.13 * (1 + figure.get_suptitle().count("\n")))
 
