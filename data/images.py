@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import launch
@@ -27,17 +27,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
 SUFFIXES |= {".avif", ".bmp", ".gif", ".heic", ".heif", ".pgm", ".ppm", ".tif", ".tiff"}  # of other formats
 VERSION = 3  # of what a cache holds
-
-ORIENTATION = 0x0112  # of EXIF's tags; its values, and what makes an image upright:
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads all the same
 # Pillow refuses a PNG with more than 1 MB of text or colour profile, which nothing here reads.
@@ -136,12 +125,9 @@ def _decode_file(path: str | Path, size: int | None) -> tuple[np.ndarray, np.nda
             image.load()  # also what stands behind the pixels, where the EXIF record may be
             if image.mode.startswith("I"):  # conversion would cut it off at level 255
                 raise UserError(f"{path} is a 16-bit grey PNG: convert it to 8 bits")
-            turn = None
             with contextlib.suppress(Exception):  # Pillow's parsers raise half a dozen types for a damaged EXIF record
-                turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+                ImageOps.exif_transpose(image, in_place=True)
             image = image.convert("RGB")
-        if turn is not None:
-            image = image.transpose(turn)
         side = min(image.size)
         if size is not None:
             image = _fit(image, size)

@@ -1,6 +1,5 @@
 """A split that lives on the training device as one uint8 tensor, and its iteration in batches."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,7 @@ from data import augment
 from data.readers import Split
 from utils import distributed, launch
 from utils.errors import UserError
+from utils.machine import hashed_seed
 from utils.records import DataRecord
 
 # Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
@@ -21,9 +21,8 @@ EVALUATION_PIXELS = 256 * 32 * 32
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator for each (seed, purpose), hashed so that no two pairs start from near seeds."""
-    digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    """A CPU generator for each (seed, purpose)."""
+    return torch.Generator().manual_seed(hashed_seed(f"{seed} {purpose}"))
 
 
 class Loader:
@@ -126,18 +125,6 @@ class Loader:
             images = images.permute(0, 3, 1, 2)
             labels = self.labels[index]
             yield from zip(images.split(sizes), labels.split(sizes), index.split(sizes), strict=True)
-
-    def raw_images(self, index: torch.Tensor) -> torch.Tensor:
-        """(n, 3, S, S) uint8 on the CPU: rows `index` (n,) as they are without augmentation."""
-        images = self.images[index.to(self.images.device)].cpu()
-        return resize(images, self.image_size).permute(0, 3, 1, 2)
-
-    def denormalise(self, images: torch.Tensor) -> torch.Tensor:
-        """images (N, 3, S, S) as iteration yields them -> (N, 3, S, S) uint8 on the CPU."""
-        levels = images.float().permute(0, 2, 3, 1)
-        levels = (levels - self.shift) / self.scale
-        levels = levels.round().clamp(0, 255).byte()
-        return levels.permute(0, 3, 1, 2).cpu()
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
 from data import build_loaders
+from data.loader import resize
 from loss import METHODS, build_objective
 from loss.pskd import ProgressiveTargets
 from models import build_model
@@ -62,7 +63,7 @@ class ReferenceImages(Dataset):
         crop = transforms.RandomCrop(loader.image_size, padding=loader.image_size // 8)
         to_tensor = transforms.ToTensor(), transforms.Normalize(loader.record.mean, loader.record.std)
         self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
-        self.raw_images = list(map(transforms.ToPILImage(), loader.raw_images(torch.arange(loader.num_samples))))
+        self.raw_images = list(map(transforms.ToPILImage(), resize(loader.images.cpu(), loader.image_size).numpy()))
         self.labels = loader.labels.tolist()
 
     def __len__(self):

@@ -21,14 +21,18 @@ def set_up_torch(device: torch.device, precision: str) -> None:
         torch.backends.cudnn.benchmark = True  # few shapes, each used thousands of times
 
 
+def hashed_seed(text: str) -> int:
+    """64 bits, hashed so that no two texts give near seeds."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 def seed_generators(seed: int, epoch: int, process: int) -> None:
     """Seed the global generators of torch, numpy and random for an epoch.
 
     Nothing in this program draws from them (weights come from `build_model`'s own seed, order and augmentation from
     the loader's). It is for code that a user adds: it resumes to the bit too, and each process draws its own numbers.
     """
-    digest = hashlib.blake2b(f"{seed} {epoch} {process}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "little")
+    number = hashed_seed(f"{seed} {epoch} {process}")
     torch.manual_seed(number)
     np.random.seed(number % 2**32)
     random.seed(number)

@@ -233,7 +233,7 @@ def copied(trained, tmp_path):
 def test_load_run_gives_the_trained_network(trained):
     run, val = trained
     model, info = load_run(run)
-    pixels = val.raw_images(torch.arange(val.num_samples)) / 255
+    pixels = val.images.permute(0, 3, 1, 2) / 255
     mean = torch.tensor(info["mean"]).view(3, 1, 1)
     std = torch.tensor(info["std"]).view(3, 1, 1)
     with torch.no_grad():
