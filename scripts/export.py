@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         export(args.run, args.epoch, args.out)
-    except (ImportError, TypeError) as e:  # the second from an old PyTorch's torch.onnx
-        print_error(f"{e}: pip install --upgrade onnx onnxscript torch torchvision")
+    except ImportError as e:
+        print_error(f"{e}: pip install onnx onnxscript")
     except (UserError, OSError) as e:
         print_error(str(e))
     else:
@@ -65,7 +65,13 @@ def export(run: Path, epoch: str, out: Path) -> None:
     any_number = {"images": {0: torch.export.Dim("N")}}
     program = torch.export.export(network, (torch.zeros(2, 3, size, size),), dynamic_shapes=any_number)
     if out.suffix == ".onnx":
-        torch.onnx.export(program, input_names=["images"], output_names=names, verbose=False).save(out)
+        try:
+            onnx = torch.onnx.export(program, input_names=["images"], output_names=names, verbose=False)
+        except TypeError:  # an old torch.onnx, which takes no exported program
+            raise UserError(
+                f"{out}: PyTorch {torch.__version__} cannot write it; upgrade torch, onnxscript and onnx"
+            ) from None
+        onnx.save(out)
     else:
         write_atomic(out, lambda file: torch.export.save(program, file))
     facts = {name: info[name] for name in ("class_names", "mean", "std", "image_size", "temperatures")}
