@@ -50,6 +50,20 @@ def test_intervals_of_the_answers_are_printed_by_the_commands(summary):
         assert f"| {interval}" in tables
 
 
+def test_differences_in_the_readme_are_rounded_from_the_tables(summary):
+    first, *others = study("cifar100_20classes*.jsonl")
+    out = summary(*others, "--pairs", "baseline", "--metrics", "top1_error", "early_exit_error", path=first)
+    rows = {row["methods"]: row for row in cells(out)}
+    top1 = [rows[name]["top-1 err (%)"] for name in ("BYOT", "PSKD+BYOT+DML", "PSKD", "DML", "deep supervision")]
+    expected = []
+    for cell in (*top1, rows["BYOT"]["early exit err (%)"]):
+        mean, low, high = map(float, re.findall(r"[+-][\d.]+", cell))
+        expected += [mean, (high - low) / 2]
+    _, _, section = (RESULTS.parent.parent / "README.md").read_text().partition("\n## A small study\n")
+    quoted = re.findall(r"(-?[\d.]+) ± ([\d.]+)", section)
+    assert [float(text) for pair in quoted for text in pair] == pytest.approx(expected, abs=0.051)
+
+
 def test_the_study_has_five_seeds_of_all_settings_by_one_commit():
     configs = {}
     for file in study("cifar100_20classes*.jsonl"):
