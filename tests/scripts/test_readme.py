@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import AGREEMENT, ALL, read, read_records, run, split_cells, val_only
+from paper import table_rows
+from runs import load
+from tables import mean_cells
 
 import main
 
@@ -183,12 +186,35 @@ def test_files_and_flags_exist(page):
     assert set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]+)", text)) <= known
 
 
+def table_under(heading: str, text: str = README) -> list[list[str]]:
+    """The rows of the first table under a heading of a page, without its own two lines."""
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return [split_cells(line) for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)[2:]]
+
+
+def test_table_1_is_of_its_runs_and_the_paper_s():
+    file = ROOT / "scripts/results/cifar100_table1_30epochs.jsonl"
+    last, best = ({group.runs[0].methods: group.runs for group in load([file], which)[0]} for which in ("last", "best"))
+    assert sum(map(len, last.values())) == len(file.read_text().splitlines())  # one setting
+    columns = ["top1_error", "top5_error", "nll", "ece", "aurc"]
+    rows = []
+    for paper_row in table_rows(1)[:8]:
+        methods = tuple(paper_row["methods"])
+        if runs := last.pop(methods, []):
+            (start,) = {(start.device_name, start.git_commit) for run in runs for start in run.starts}
+            ours = mean_cells(runs, [*columns, "seconds_per_epoch"], published=paper_row)
+            of_best = mean_cells(best[methods], columns)
+            cells = [f"{ours[k].mean:.2f} / {of_best[k].mean:.2f} / {ours[k].published:.2f}" for k in columns]
+            name = " + ".join(methods).replace("PSKD", "PS-KD") or "none"
+            rows.append([str(paper_row["row"]), name, *cells, f"{ours['seconds_per_epoch'].mean:.0f}", start[0]])
+    assert not last
+    assert table_under("Table 1 in a tenth of its epochs") == rows
+
+
 def test_agreement_table_prints_the_bounds_of_its_tests():
     pages = README + (ROOT / "loss/README.md").read_text()  # the table is on one of them
-    section = pages.partition("\n## Agreement with the published script\n")[2].partition("\n## ")[0]
     figures = {}
-    for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)[2:]:
-        evidence, differences, tests = split_cells(line)
+    for evidence, differences, tests in table_under("Agreement with the published script", pages):
         figures[evidence.partition(" (")[0]] = [float(figure) for figure in re.findall(r"[\d.]+e-\d+", differences)]
         file, *names = re.findall("`(.+?)`", tests)
         code = (ROOT / file).read_text()
