@@ -59,7 +59,7 @@ def test_differences_in_the_readme_are_rounded_from_the_tables(summary):
     for cell in (*top1, rows["BYOT"]["early exit err (%)"]):
         mean, low, high = map(float, re.findall(r"[+-][\d.]+", cell))
         expected += [mean, (high - low) / 2]
-    _, _, section = (RESULTS.parent.parent / "README.md").read_text().partition("\n## A small study\n")
+    _, _, section = (paper.ROOT / "README.md").read_text().partition("\n## A small study\n")
     quoted = re.findall(r"(-?[\d.]+) ± ([\d.]+)", section)
     assert [float(text) for pair in quoted for text in pair] == pytest.approx(expected, abs=0.051)
 
