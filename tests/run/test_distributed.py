@@ -339,11 +339,12 @@ def test_a_batch_that_cannot_be_split_evenly_is_refused(monkeypatch, capsys):
 WORKER = """
 from utils import launch
 launch.end_with_torchrun()
-import os
+import os, time
 parent = os.getppid()
 print("ready", flush=True)
 while os.getppid() == parent:
     pass
+time.sleep(5)  # the kernel gives an orphan its new parent first, and the signal after that
 print("trains on")
 """
 
