@@ -50,10 +50,11 @@ def test_intervals_of_the_answers_are_printed_by_the_commands(summary):
         assert f"| {interval}" in tables
 
 
-def test_differences_in_the_readme_are_rounded_from_the_tables(summary):
+def test_small_study_in_the_readme_is_rounded_from_the_tables(summary):
     first, *others = study("cifar100_20classes*.jsonl")
-    out = summary(*others, "--pairs", "baseline", "--metrics", "top1_error", "early_exit_error", path=first)
-    rows = {row["methods"]: row for row in cells(out)}
+    names = ("top1_error", "nll_after_T", "early_exit_error", "early_exit")
+    pairs = summary(*others, "--pairs", "baseline", "--metrics", *names, path=first)
+    rows = {row["methods"]: row for row in cells(pairs)}
     top1 = [rows[name]["top-1 err (%)"] for name in ("BYOT", "PSKD+BYOT+DML", "PSKD", "DML", "deep supervision")]
     expected = []
     for cell in (*top1, rows["BYOT"]["early exit err (%)"]):
@@ -62,6 +63,14 @@ def test_differences_in_the_readme_are_rounded_from_the_tables(summary):
     _, _, section = (paper.ROOT / "README.md").read_text().partition("\n## A small study\n")
     quoted = re.findall(r"(-?[\d.]+) ± ([\d.]+)", section)
     assert [float(text) for pair in quoted for text in pair] == pytest.approx(expected, abs=0.051)
+
+    ece = {row["methods"]: float(row["ECE (%)"].split()[0]) for row in cells(summary(*others, path=first))}
+    assert f"from {ece['baseline']:.1f} to {ece['PSKD']:.1f} %, DML to {ece['DML']:.1f} %" in section
+    cells_of_nll = [row["NLL after T (nats)"] for row in rows.values()]
+    nll = [-float(cell.split()[0]) for cell in cells_of_nll if cell[0] == "-" and cell[-1] == "*"]
+    assert f"NLL is, by {min(nll):.2f} to {max(nll):.2f} nats" in section
+    cost = 100 + float(rows["BYOT"]["early exit (% MACs)"].split()[0])
+    assert f"takes {cost:.0f} % of the plain network's" in " ".join(section.split())
 
 
 def test_the_study_has_five_seeds_of_all_settings_by_one_commit():
