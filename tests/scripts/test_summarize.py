@@ -35,7 +35,7 @@ def test_commands_of_the_results_page_give_its_tables(files, words, summary):
 
 
 def test_every_table_of_a_study_is_printed_by_a_command():
-    assert TABLES.count("\n### ") == len(COMMANDS) == 18
+    assert TABLES.count("\n### ") == len(COMMANDS) == 20
 
 
 def test_intervals_of_the_answers_are_printed_by_the_commands(summary):
