@@ -173,7 +173,8 @@ def train(args, given: set[str], device: torch.device) -> None:
                 tell(f"{directory.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
-        model, network, step, states = build_training(args, device, train_loader, checkpoint)
+        notes = []
+        model, network, step, states = build_training(args, device, train_loader, checkpoint, notes)
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
         trained = objective.trained_classifiers(len(model.exits))
 
@@ -184,7 +185,10 @@ def train(args, given: set[str], device: torch.device) -> None:
         first_epoch = len(run.history)
         if checkpoint:
             logger.info(f"continuing from {checkpoint.file}: {first_epoch} of {args.end_epoch} epochs are done")
-        notes = flags.notes(args, given, device) + loss.notes(args, given)
+            before, now = run.starts[-2:]
+            if before.device_name != now.device_name:
+                logger.info(f"note: they were trained on {before.device_name}; from here on, rounding is another")
+        notes += flags.notes(args, given, device) + loss.notes(args, given)
         logger.start(headline(args, model, loaders, run), notes, experiment_flags(vars(args)), run.history)
 
         # training loop
@@ -219,6 +223,10 @@ def find_start(directory: RunDirectory, args) -> tuple[Checkpoint | None, list[C
     Raises:
         UserError: the directory or the checkpoint cannot be used, or other flags differ.
     """
+    if args.overwrite and args.weights and directory.path.resolve() in (Path(args.weights) / "_").resolve().parents:
+        raise UserError(
+            f"--overwrite would remove {args.weights}, which --weights begins from: give another --run_name"
+        )
     checkpoint = directory.open(args.resume, args.overwrite)
     if checkpoint is None:
         return None, []
@@ -251,8 +259,9 @@ def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change]
     return RunRecord(vars(args), record, [*before.starts, start], before.changes + changes, before.history)
 
 
-def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None):
-    """What is trained and what trains it, in the state of the checkpoint, if there is one.
+def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None, notes: list[str]):
+    """What is trained and what trains it, in the state of the checkpoint, if there is one; `notes` gets a line on the
+    weights that a new run begins from.
 
     Returns:
         the network; the same as the step calls it, perhaps compiled and in several processes; the step, perhaps
@@ -263,8 +272,8 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
     if args.weights is not None:
         line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
-        if launch.WORLD.is_main and checkpoint is None:
-            tell(f"--weights: {line}")
+        if checkpoint is None:
+            notes.append(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
 
     # the training step

@@ -66,13 +66,11 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
     def refuse(e: OSError):
         raise UserError(f"{e.filename} cannot be read ({e.strerror})")
 
-    images, others, seen = [], [], set()
+    images, others = [], []
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        where = os.path.realpath(parent)
-        if where in seen:  # a link leads to it again
+        if os.path.realpath(parent) in map(os.path.realpath, Path(parent).parents):  # a link leads back up
             folders.clear()
             continue
-        seen.add(where)
         folders.sort()
         for name in sorted(names):
             path = f"{parent}/{name}"

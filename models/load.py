@@ -90,7 +90,9 @@ def load_weights(model: nn.Module, path: str) -> str:
     own = {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim > 0}
     taken = {name: tensor for name, tensor in found.items() if name in own and tensor.shape == own[name].shape}
     if not taken:
-        raise UserError(f"{path}: none of its {len(found)} tensors has name and shape of one of this network's")
+        raise UserError(
+            f"{path}: none of the {len(found)} tensors at its top level has name and shape of one of this network's"
+        )
     model.load_state_dict(taken, strict=False)
     rest = dict.fromkeys(name.partition(".")[0] for name in own if name not in taken)
     return f"{len(taken)} of {len(own)} tensors are from {path}; initial weights in: {', '.join(rest) or 'none'}"

@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(run: Path, epoch: str, out: Path) -> None:
+    if out.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"{out}: give a name that ends in .pt2 or .onnx")
     model, info = load_run(run, epoch)
     names, size = list(info["temperatures"]), info["image_size"]
     network = ByName(model.to(memory_format=torch.contiguous_format), names)

@@ -174,7 +174,10 @@ def draw_lines(Figure, name: str, groups: list[Group]):
 
 def draw_differences(Figure, groups: list[Group]):
     """A row per network and data set, a panel per quantity, in it a row per setting; None without a baseline."""
-    paired, _ = pair_runs(BASE, groups)
+    paired, alone = pair_runs(BASE, groups)
+    if alone:
+        others = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+        print(printable(f"left out of differences: {alone[0]}{others}"))
     if not paired:
         return None
     rows: dict[str, list] = {}

@@ -61,7 +61,9 @@ def predict(args: argparse.Namespace) -> int:
         args.csv.touch()  # before the work, not after it
     model, info = load_run(args.run, args.epoch)
     if not info["is_calibrated"]:
-        text = "confidences are not calibrated: the run had no validation images to fit temperatures on"
+        text = (
+            "confidences are not calibrated: the run is unfinished, or has no validation images to fit temperatures on"
+        )
         print(f"note: {text}", file=sys.stderr)
     paths = find_images(args.images)
     rows = []
@@ -70,7 +72,7 @@ def predict(args: argparse.Namespace) -> int:
             batch = paths[start : start + BATCH_SIZE]
             rows += classify(model, info, batch, args.threshold)
             bar.update(len(batch))
-    if args.csv and rows:
+    if args.csv:
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(HEADINGS)

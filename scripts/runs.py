@@ -102,6 +102,11 @@ class Run(NamedTuple):
         return "test " + (self.images.get("test") or self.images.get("val", "images not recorded"))
 
     @property
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """The values that the same training has on every machine."""
+        return {key: value for key, value in self.values.items() if key[0] != "times"}
+
+    @property
     def row(self) -> tuple:
         """What it has in common with runs whose images alone may differ."""
         return self.data, self.test_images, self.network, self.methods, self.changes
@@ -245,7 +250,7 @@ def load(paths: list[Path], which: str) -> tuple[list[Group], list[Skipped]]:
             continue
         used = by_setting.setdefault(f"{run.row} {run.images}", {}).setdefault(run.seed, run)
         if used is not run:
-            differs = run.values != used.values
+            differs = run.metrics != used.metrics
             reason = f"the same flags and seed as {used.source.name}, which is used"
             reason += ", but with other numbers" if differs else ""
             skipped.append(Skipped(source.name, reason, source.path if differs else None))

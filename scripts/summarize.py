@@ -175,8 +175,10 @@ def summarize(args: argparse.Namespace) -> None:
         tables += [table for table in found[0] if table.rows]
         notes += found[1]
     if args.pairs and not tables:
-        known = "; ".join(dict.fromkeys(group.label for group in groups))
-        raise UserError(f"--pairs {args.pairs}: give one of {known}")
+        known = dict.fromkeys(group.label for group in groups)
+        if args.pairs in known:
+            raise UserError(f"--pairs {args.pairs}: no run of another setting has its network, images and seed")
+        raise UserError(f"--pairs {args.pairs}: give one of {'; '.join(known)}")
     if args.table and not tables:
         raise UserError(f"no run is a row of Table {args.table}")
     if args.export:

@@ -3,7 +3,7 @@
   ROW          a row number (8), a range (1-8) or a network (resnet18); several are allowed (default: all rows)
   --dry-run    print the commands, to be run in the repository's root, and train nothing
   FLAG         flags of main.py for every run, e.g. -- --precision bf16. They become part of the run's name,
-               except those that do not change the experiment (--workers, --device, --compile, ...).
+               except --weights and those that do not change the experiment (--workers, --device, --compile, ...).
 environment variables
   SEEDS        seeds of every row, e.g. "1 2 3" (default: 4)
   JOBS         concurrent runs (default: 1). With several, of several GPUs each run gets one, and OMP_NUM_THREADS is
@@ -82,7 +82,10 @@ def plan(table: str, rows: list[tuple[str, list[str]]], extra: list[str]) -> tup
         for key, row_flags in rows:
             flags = [*row_flags, "--seed", seed, *common, *extra]
             # Not the checked flags, in which `auto` stands for what this machine can do.
-            given = build_parser().parse_args(flags)
+            main_parser = build_parser()
+            given = main_parser.parse_args(flags)
+            if given.run_name:
+                main_parser.error("argument --run_name: a table names its runs; EXPERIMENTS says where they go")
             changes = find_changes(vars(default_args()), vars(given), {})
             suffix = name_suffix([c for c in changes if c.name not in NAMED_FLAGS | RUNTIME_FLAGS])
             name = f"{key}_seed{given.seed}"

@@ -41,9 +41,7 @@ def write_atomic(path: Path, content: bytes | memoryview | Callable[[BinaryIO], 
         _rename(temporary, path)
     except OSError as e:
         remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix it"
-        raise UserError(
-            f"{path} cannot be written ({e.strerror}); its earlier content is intact: {remedy}, then rerun"
-        ) from None
+        raise UserError(f"{path} cannot be written ({e.strerror}) and is as it was: {remedy}, then rerun") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

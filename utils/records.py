@@ -216,7 +216,7 @@ def results_table(blocks: dict[str, Classifiers]) -> str:
             rows.append([f"  {name}", *cells])
     lines = []
     for label, *cells in rows:
-        aligned = [f"{cell:>11}" for cell in cells]
+        aligned = [f" {cell:>10}" for cell in cells]
         lines.append(f"{label:14}" + "".join(aligned))
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ def check_flags(file: Path, before: dict, now: dict, defaults: dict, allowed: li
     if not refused:
         return changes
     remedy = (
-        "give the same ones, or start a new run: without --resume, with another --run_name or --overwrite (and"
+        "give the same ones, or start a new run: without --resume, with --overwrite, or with another --run_name (and"
         " --weights PATH, to begin from a run's weights)"
     )
     names = [change.name for change in refused]

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def other_settings(path: Path) -> None:
     optimizer = read_checkpoint(path.parent, PREVIOUS)["optimizer"]
     optimizer["param_groups"][0] |= {"lr": 9.0, "momentum": 0.0, "weight_decay": 0.5, "nesterov": False}
     forge(path.with_name(PREVIOUS), path, optimizer=optimizer)
+
+
+def test_a_resume_with_other_threads_says_so(copied, capsys, monkeypatch):
+    (copied / LAST).unlink()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert train(copied) == 0
+    assert re.search(r"note: they were trained on .+; from here on, rounding is another\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("make", [leave_nothing, os.mkfifo, link_to_device, other_settings])

@@ -221,3 +221,9 @@ def test_report_has_one_block_for_one_epoch():
     run = run_record(num_epochs=2)
     run.test = None
     assert [row[0] for row in rows_of(run)] == ["last", "exit", "final", "ensemble"]
+
+
+def test_wide_numbers_stay_apart_in_the_table():
+    values = {"top1_error": 99.0, "top5_error": 94.0, "nll": 411032.429}
+    *_, line = records.results_table({"last": {"final": values}}).splitlines()
+    assert line.split()[1:4] == ["99.00", "94.00", "411032.4290"]

@@ -28,7 +28,7 @@ def test_a_file_without_a_tensor_of_the_network_is_an_error(tmp_path):
     file = tmp_path / "weights.pth"
     counts = {"bn1.num_batches_tracked": torch.tensor(7)}  # which are no weights
     torch.save({"conv1.weight": torch.zeros(3), "conv": torch.zeros(8, 3, 3, 3), **counts}, file)
-    with pytest.raises(UserError, match="none of its 2 tensors"):
+    with pytest.raises(UserError, match="none of the 2 tensors"):
         load_weights(build_network("resnet18"), str(file))
 
 
@@ -60,7 +60,9 @@ ONE_EPOCH = ("--DML", "--end_epoch", "1", "--seed", "5")
 def test_a_run_starts_from_the_weights_of_another_and_resumes(pretrained, tmp_path, capsys):
     directory = tmp_path / "run"
     assert run(directory, *ONE_EPOCH, "--weights", str(pretrained)) == 0
-    assert f"--weights: 162 of 162 tensors are from {pretrained}; initial weights in: none\n" in capsys.readouterr().out
+    line = f"note: --weights: 162 of 162 tensors are from {pretrained}; initial weights in: none\n"
+    assert line in capsys.readouterr().out
+    assert line in (directory / "experiment.log").read_text()
     untrained = "exits.0.fc.weight"
     weights = [read_checkpoint(path)["model"][untrained] for path in (pretrained, directory)]
     torch.testing.assert_close(*weights, rtol=0.01, atol=0)  # weight decay alone has changed it
@@ -72,6 +74,13 @@ def test_a_run_starts_from_the_weights_of_another_and_resumes(pretrained, tmp_pa
     assert "--weights" not in capsys.readouterr().out
     moved.unlink()
     assert val_only(directory, tmp_path / "val") == 0
+
+
+def test_weights_that_overwrite_would_remove_are_refused(pretrained, capsys):
+    for weights in (pretrained, pretrained / "checkpoint_best.pth"):
+        assert run(pretrained, *ONE_EPOCH, "--overwrite", "--weights", str(weights)) == 1
+        assert f"--overwrite would remove {weights}" in one_line(capsys)
+    assert (pretrained / "checkpoint_best.pth").exists()
 
 
 def test_other_weights_are_another_experiment(pretrained, tmp_path, capsys):

@@ -251,3 +251,12 @@ def test_a_link_to_its_own_folder_counts_no_image_twice(tmp_path):
     found, others = images.list_images(tmp_path)
     assert found == [str(tmp_path / "a.png")]
     assert others == []
+
+
+def test_a_link_to_a_sibling_takes_no_image_from_it(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").touch()
+    (tmp_path / "animals").mkdir()
+    (tmp_path / "animals" / "cat").symlink_to(tmp_path / "cat")
+    found, _ = images.list_images(tmp_path)
+    assert found == [f"{tmp_path}/animals/cat/a.png", f"{tmp_path}/cat/a.png"]

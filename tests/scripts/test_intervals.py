@@ -72,6 +72,13 @@ def test_pairs_with_an_unknown_setting_are_refused(pairs, tmp_path, refused):
     )
 
 
+def test_a_setting_that_nothing_pairs_with_is_named(tmp_path, refused):
+    make_finished_run(tmp_path, "a", 30.0, seed=1, **NO_METHOD)
+    make_finished_run(tmp_path, "b", 30.0, seed=2)
+    words = [str(tmp_path), "--pairs", "baseline"]
+    assert "no run of another setting has its network, images and seed" in refused(summarize.main, words)
+
+
 def test_one_seed_has_a_difference_and_no_interval(tmp_path, summary):
     make_finished_run(tmp_path, "base", 30.0, **NO_METHOD)
     make_finished_run(tmp_path, "byot", 29.0, **ONLY_BYOT)

@@ -132,9 +132,10 @@ def test_differences_have_a_panel_for_each_quantity_and_a_row_for_each_setting(r
     assert [text.get_text() for text in first.get_yticklabels()] == ["BYOT", "DML"]
 
 
-def test_differences_have_the_interval_of_seeds_paired_with_the_baseline(root):
+def test_differences_have_the_interval_of_seeds_paired_with_the_baseline(root, capsys):
     make_run(root, "byot3", 2.0, 3, methods=["BYOT"])  # without a baseline
     axis = draw(root, "differences").axes[0]
+    assert "left out of differences: BYOT, seed 3 (no baseline" in capsys.readouterr().out
     (byot,) = axis.containers
     assert points(byot.lines[0]) == [[-2, 0]]
     half = intervals.student_quantile(0.95, 1) * 1  # of -3 and -1: deviation sqrt 2, of their mean 1

@@ -82,6 +82,14 @@ def test_confidences_are_noted_as_not_calibrated_without_val_split(multi_exit, m
     assert is_noted == ("val_split" not in methods)
 
 
+def test_without_an_image_the_table_holds_no_earlier_rows(multi_exit, tmp_path):
+    directory, _, _ = multi_exit
+    table = tmp_path / "table.csv"
+    table.write_text("of an earlier call")
+    assert call(directory / "run", directory / "photos" / "test" / "a" / "0-bad.jpg", "--csv", table) == 1
+    assert table.read_text().splitlines() == [",".join(predict.HEADINGS)]
+
+
 def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
     assert call(tmp_path, "x.png") == 1
     assert "must be a run directory" in capsys.readouterr().err

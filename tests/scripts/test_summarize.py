@@ -303,6 +303,14 @@ def test_published_rows_are_the_papers():
     assert (first[23]["aurc"], first[7]["ece"]) == (45.71, 4.15)
 
 
+def test_a_rerun_that_took_another_time_is_the_same_run(tmp_path, summary):
+    for name, seconds in (("a", 10.0), ("b", 12.0)):
+        make_finished_run(tmp_path, name, 20.0, results={"seconds_per_epoch": seconds})
+    out = summary()
+    assert "the same flags and seed" in out
+    assert "other numbers" not in out
+
+
 def test_export_keeps_a_second_run_of_one_seed_that_has_other_numbers(tmp_path, capsys):
     file = tmp_path / "runs.jsonl"
     for name, top1 in (("a", 30.0), ("b", 31.0)):

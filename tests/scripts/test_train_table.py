@@ -52,6 +52,7 @@ def test_shell_scripts_pass_their_table_and_arguments(table, tmp_path):
         ("8-1", "", "8-1: not a row"),
         ("1-8 -- --alpha_T 2", "", "--alpha_T"),  # refused once, not by each of the eight runs
         ("-- --label_smoothing 0.1", "", "--label_smoothing"),  # refused by the rows with PS-KD alone
+        ("8 -- --run_name mine", "", "--run_name"),
         ("", "SEEDS=x", "--seed"),
         ("", "EPOCHS=ten", "--end_epoch"),
         ("", "JOBS=0", "JOBS=0"),
