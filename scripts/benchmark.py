@@ -8,12 +8,10 @@ main.py may be given too; images are synthetic unless --data_type says otherwise
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -52,7 +50,6 @@ COLUMNS = {
     "times reference": ("times_reference", ".2f"),
     "compiling, s": ("seconds_compiling", ".1f"),
     "peak GPU GiB": ("peak_memory_gib", ".1f"),
-    "s per epoch of main.py": ("seconds_per_epoch", ".2f"),
 }
 
 
@@ -133,22 +130,11 @@ def time_steps(name: str, args: argparse.Namespace, own: argparse.Namespace) -> 
     return line
 
 
-def time_epochs(argv: list[str], rounds: int) -> dict:
-    """Median seconds of training, validation and saving over `rounds` epochs of main.py, after a first one."""
-    with tempfile.TemporaryDirectory() as parent, contextlib.redirect_stdout(sys.stderr):
-        if main.main([*argv, f"--end_epoch={rounds + 1}", f"--experiments_dir={parent}", "--run_name=run"]) != 0:
-            sys.exit(1)
-        lines = Path(parent, "run", "metrics.jsonl").read_text().splitlines()
-    epochs = [json.loads(line) for line in lines[1:]]
-    seconds = [epoch["seconds"] + epoch["seconds_validation"] + epoch["seconds_saving"] for epoch in epochs]
-    return {"seconds_per_epoch": np.median(seconds)}
-
-
 def measure(name: str, argv: list[str], own: argparse.Namespace) -> None:
     """Append the line of a configuration, with main.py's flags `argv` and this script's `own`."""
     args = main.parse_args(argv)
-    timed = time_epochs(argv, own.rounds) if own.epoch else time_steps(name, args, own)
-    line = {"run": own.run, "config": name, **environment(local_device(args.device)), **vars(args), **timed}
+    where = environment(local_device(args.device))
+    line = {"run": own.run, "config": name, **where, **vars(args), **time_steps(name, args, own)}
     with open(own.out, "a") as out:
         out.write(json.dumps(line) + "\n")
 
@@ -159,15 +145,14 @@ def table(files: list[str]) -> str:
     for text in "".join(Path(file).read_text() for file in files).splitlines():
         line = json.loads(text)
         row = rows.setdefault((line.get("run"), line["config"]), {"rounds": []})
-        row |= {**line, "rounds": row["rounds"] + line.get("rounds", [])}
+        row |= {**line, "rounds": row["rounds"] + line["rounds"]}
     cells = [["network", "methods", "configuration", *COLUMNS]]
     cells.append(["---"] * len(cells[0]))
     for (run, config), row in rows.items():
-        if row["rounds"]:
-            low, rate, high = np.percentile(row["rounds"], (25, 50, 75))
-            row |= {"images_per_second": rate, "half_iqr": (high - low) / 2}
-            if (run, "reference") in rows:
-                row["times_reference"] = rate / np.median(rows[run, "reference"]["rounds"])
+        low, rate, high = np.percentile(row["rounds"], (25, 50, 75))
+        row |= {"images_per_second": rate, "half_iqr": (high - low) / 2}
+        if (run, "reference") in rows:
+            row["times_reference"] = rate / np.median(rows[run, "reference"]["rounds"])
         methods = " + ".join(method for method in METHODS if row[method]) or "none"
         values = [format(row[name], spec) if name in row else "" for name, spec in COLUMNS.values()]
         cells.append([row["classifier_type"], methods, config, *values])
@@ -180,35 +165,31 @@ def command_line(argv: list[str]) -> None:
     add("--configs", nargs="+", choices=CONFIGS, default=["reference", "eager"], metavar="C", help=", ".join(CONFIGS))
     add("--rounds", type=number, default=5, help="per configuration, after one to warm up (default: 5)")
     add("--steps", type=number, help="per round (default: 78 on a GPU, 3 on a CPU)")
-    add("--epoch", action="store_true", help="time complete epochs of main.py instead, with validation and saving")
-    add("--time_limit", type=number, metavar="SECONDS", help="of each process")
     add("--out", default="benchmark.jsonl", metavar="FILE", help="where lines are appended (default: %(default)s)")
     add("--table", nargs="+", metavar="FILE", help="print the table of these files, and stop")
     own, flags = parser.parse_known_args(argv)
     if own.table:
         print(table(own.table))
         return
-    if own.epoch and not {"reference", "eager_nchw", "graph_nchw"}.isdisjoint(own.configs):
-        parser.error("argument --epoch: main.py has no configuration `reference` or `_nchw`; give other --configs")
     own.run = time.time()  # tells this run's lines from others
     argv_of = {name: ["--data_type=synthetic", *flags, *CONFIGS[name].split()] for name in own.configs}
     devices = {main.parse_args(argv).device for argv in argv_of.values()}
     turns = 1
-    if devices == {"cpu"} and not own.epoch:
+    if devices == {"cpu"}:
         turns, own.rounds = own.rounds, 1
     Path(own.out).touch()  # before the work, not after it
     for name in own.configs * turns:
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(name, argv_of[name], own))
         process.start()
-        process.join(own.time_limit)
-        reason = "time limit" if process.is_alive() else f"exit status {process.exitcode}"
-        process.kill()
         process.join()
         if process.exitcode != 0:
-            print(f"note: no line for {name}: {reason}", file=sys.stderr)
+            print(f"note: no line for {name}: exit status {process.exitcode}", file=sys.stderr)
     print(table([own.out]))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pager is no error
-    command_line(sys.argv[1:])
+    try:
+        command_line(sys.argv[1:])
+    except OSError as e:
+        sys.exit(f"error: {e}")

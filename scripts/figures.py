@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import warnings
 
 import numpy as np
 import torch
@@ -28,22 +27,13 @@ def drawing():
     import matplotlib.style  # here: it takes half a second, and may be missing
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure in memory
 
-    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # class names in a script that the font lacks
+    with matplotlib.style.context(["default", STYLE]):
         yield Figure
 
 
-def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sample standard deviation over the first axis, the runs; for a single run, 0."""
-    mean = values.mean(axis=0)
-    if len(values) == 1:
-        return mean, np.zeros_like(mean)
-    return mean, values.std(axis=0, ddof=1)
-
-
 def mean_band(axis, x, curves: np.ndarray, **line) -> None:
-    """The mean of curves (n, len(x)), in %, in a band of one standard deviation."""
-    mean, sd = mean_sd(curves)
+    """The mean of curves (n, len(x)), in %, in a band of one sample standard deviation; of a single one, 0."""
+    mean, sd = curves.mean(axis=0), curves.std(axis=0, ddof=min(1, len(curves) - 1))
     low = (mean - sd).clip(min=0)
     high = (mean + sd).clip(max=100)
     axis.plot(x, mean, **line)

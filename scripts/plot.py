@@ -66,11 +66,8 @@ def read_predictions(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     path = run_directory(run) / "predictions.npz"
     if not path.exists():
         raise ValueError("needs --save_predictions")
-    try:
-        with np.load(path) as file:
-            return confidence_and_error(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
-    except (EOFError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path.name}: {e}") from None
+    with np.load(path) as file:
+        return confidence_and_error(torch.from_numpy(file["logits"]), torch.from_numpy(file["labels"]))
 
 
 def run_directory(run: Run) -> Path:
@@ -151,7 +148,7 @@ def draw_lines(Figure, name: str, groups: list[Group]):
     for group in groups:
         try:
             found = [kind.read(run) for run in group.runs]
-        except DAMAGED as error:
+        except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:  # the last two, np.load's
             left_out.setdefault(str(error), []).extend(run.source.name for run in group.runs)
             continue
         shown.setdefault(panel(group), []).append((group, found))

@@ -69,8 +69,6 @@ def _from_entries(path: Path, entries: dict) -> Checkpoint:
     """Raises an exception whose message says what is wrong with the content of a checkpoint."""
     if not isinstance(entries, dict) or "history" not in entries:
         raise TypeError(f"it holds a {type(entries).__name__} without a history")
-    if "exits" in entries["history"][-1]:
-        raise ValueError("an older version wrote it; train anew")
     states = {name: entries.pop(name) for name in STATES}
     epoch = entries.pop("epoch")
     json.dumps(entries)  # plain values, as the exports need

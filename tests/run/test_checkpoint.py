@@ -42,12 +42,6 @@ def changed(content: bytes, **entries) -> bytes:
     return saved({**loaded(content), **entries})
 
 
-def before_classifiers(content: bytes) -> bytes:
-    """As a version wrote it whose epochs list exits."""
-    history = [{**record, "exits": []} for record in loaded(content)["history"]]
-    return changed(content, history=history)
-
-
 def flip_a_bit(content: bytes) -> bytes:
     """In a statistic of BatchNorm: elsewhere it might be padding."""
     statistic = loaded(content)["model"]["bn1.running_var"].numpy().tobytes()
@@ -67,7 +61,6 @@ BAD = {  # made of an intact file's bytes, and words of the message
     "epoch as text": (lambda intact: changed(intact, epoch="0"), "its history"),
     "large epoch": (lambda intact: changed(intact, epoch=10**12), "its history"),
     "unknown entry": (lambda intact: changed(intact, foreign=1), "foreign"),
-    "an older version's": (before_classifiers, "an older version wrote it"),
     "arguments with tensors": (lambda intact: changed(intact, args={"lr": torch.zeros(2)}), "Tensor is not JSON"),
 }
 

@@ -55,9 +55,8 @@ def test_exported_network_is_the_runs_where_nothing_else_of_this_program_is(fini
     assert [row[1], float(row[2])] == [answer[0], pytest.approx(answer[1], rel=1e-4)]
 
 
-@pytest.mark.parametrize("name", ["net.json", "net_v1.0"])
-def test_a_name_that_its_json_would_share_is_refused(name, finished, tmp_path, refused):
-    assert "ends in .pt2 or .onnx" in refused(export.main, [str(finished), "--out", str(tmp_path / name)])
+def test_a_name_that_its_json_would_share_is_refused(finished, tmp_path, refused):
+    assert "ends in .pt2 or .onnx" in refused(export.main, [str(finished), "--out", str(tmp_path / "net.json")])
 
 
 def test_onnx_without_its_packages_is_an_error(finished, tmp_path, refused, monkeypatch):
