@@ -95,8 +95,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         " and metrics are float32 or better in all (default: %(default)s, the fastest that needs no loss scaling)",
         also="amp",
     )
-    text = "torch.compile the network and the losses (default: off, not yet measured on a GPU); weight decay then reaches"
-    text += " exits that no loss trains, of which nothing is reported"
+    text = "torch.compile the network and the losses (default: off, not yet measured on a GPU); weight decay then"
+    text += " reaches exits that no loss trains, of which nothing is reported"
     switch("--compile", "runtime", help=text)
     text = (
         "capture the training step as a CUDA graph, on one GPU; may double the memory (default: off, not yet measured)"
