@@ -173,8 +173,10 @@ def train(args, given: set[str], device: torch.device) -> None:
                 tell(f"{directory.path} is finished ({args.end_epoch} epochs); --overwrite starts over")
             return
 
-        notes = []
-        model, network, step, states = build_training(args, device, train_loader, checkpoint, notes)
+        notes = flags.notes(args, given, device) + loss.notes(args, given)
+        model, network, step, states = build_training(args, device, train_loader, checkpoint)
+        if args.weights is not None and checkpoint is None:
+            notes.append(f"--weights: {load_weights(model, args.weights)}")
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
         trained = objective.trained_classifiers(len(model.exits))
 
@@ -188,8 +190,7 @@ def train(args, given: set[str], device: torch.device) -> None:
             before, now = run.starts[-2:]
             if before.device_name != now.device_name:
                 logger.info(f"note: they were trained on {before.device_name}; from here on, rounding is another")
-        notes += flags.notes(args, given, device) + loss.notes(args, given)
-        logger.start(headline(args, model, loaders, run), notes, experiment_flags(vars(args)), run.history)
+        logger.start(headline(args, model, loaders, run), notes, run.history)
 
         # training loop
         predictions = None
@@ -260,9 +261,8 @@ def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change]
     return RunRecord(vars(args), record, [*before.starts, start], before.changes + changes, before.history)
 
 
-def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None, notes: list[str]):
-    """What is trained and what trains it, in the state of the checkpoint, if there is one; `notes` gets a line on the
-    weights that a new run begins from.
+def build_training(args, device: torch.device, train_loader, checkpoint: Checkpoint | None):
+    """What is trained and what trains it, in the state of the checkpoint, if there is one.
 
     Returns:
         the network; the same as the step calls it, perhaps compiled and in several processes; the step, perhaps
@@ -271,10 +271,6 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     # network, loss and optimiser
     model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
     objective = build_objective(args, train_loader.num_samples, train_loader.num_classes).to(device)
-    if args.weights is not None:
-        line = load_weights(model, args.weights)  # also under a checkpoint's, which shows what was never trained
-        if checkpoint is None:
-            notes.append(f"--weights: {line}")
     optimizer = build_optimizer(args, model)
 
     # the training step

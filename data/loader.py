@@ -12,9 +12,6 @@ from utils.errors import UserError
 from utils.machine import hashed_seed
 from utils.records import DataRecord
 
-# Pixels augmented at once on a GPU: 16 batches of 128 images of 32 x 32, 25 MB of float32. One batch is too little work
-# for the launches of its dozen kernels. On a CPU there is nothing to launch, and a single batch stays in its cache.
-CHUNK_PIXELS = 16 * 128 * 32 * 32
 # Pixels in an evaluation batch: 256 images of 32 x 32. For every network they need less memory than a training step of
 # 128 images, what the allocator keeps for later included, so that a GPU that trains can evaluate.
 EVALUATION_PIXELS = 256 * 32 * 32
@@ -63,7 +60,6 @@ class Loader:
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
-        self.chunk_pixels = 0 if self.images.device.type == "cpu" else CHUNK_PIXELS
         # (x / 255 - mean) / std as one multiplication and one addition
         mean = torch.tensor(record.mean, device=device)
         std = torch.tensor(record.std, device=device)
@@ -100,31 +96,18 @@ class Loader:
         rows = torch.cat([order[:, None], draws], dim=1)
         return [batch[distributed.shard(len(batch))] for batch in rows.split(self.batch_size)]
 
-    def _chunks(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """The rows of `_plan` on the device, as many batches at a time as are augmented at once, and their sizes."""
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         batches = self._plan()
         plan = torch.cat(batches).to(self.images.device)  # the one copy of the epoch
-        batch_pixels = self.batch_size * self.image_size**2
-        num_batches = max(1, self.chunk_pixels // batch_pixels)
-        start = 0
-        for first in range(0, len(batches), num_batches):
-            sizes = [len(batch) for batch in batches[first : first + num_batches]]
-            stop = start + sum(sizes)
-            yield plan[start:stop], sizes
-            start = stop
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for chunk, sizes in self._chunks():
-            index = chunk[:, 0].contiguous()
+        for rows in plan.split([len(batch) for batch in batches]):
+            index = rows[:, 0].contiguous()
             images = self.images[index]
             if self.augmentation is not None:
                 _, apply = augment.KINDS[self.augmentation]
-                images = apply(images, chunk[:, 1:], self.image_size)
+                images = apply(images, rows[:, 1:], self.image_size)
             # NHWC in memory, seen as NCHW: that is channels_last
             images = images.contiguous() * self.scale + self.shift
-            images = images.permute(0, 3, 1, 2)
-            labels = self.labels[index]
-            yield from zip(images.split(sizes), labels.split(sizes), index.split(sizes), strict=True)
+            yield images.permute(0, 3, 1, 2), self.labels[index], index
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

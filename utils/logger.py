@@ -6,16 +6,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils.errors import tell
 from utils.exports import report
 from utils.records import SHOWN, EpochRecord, RunRecord, shown_metrics, to_json
 from utils.run_directory import LOG
-
-# Scalars whose last values stand beside the flags in the HParams tab. Every run names all: it reads one run's list.
-COLUMNS = [*(f"final/{name}" for name in SHOWN), "ensemble/top1_error", "test/top1_error", "run/seconds"]
 
 
 class Logger:
@@ -51,17 +47,13 @@ class Logger:
                     means = meter.means(estimated=True)  # waits for the device
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top-1 err {means['top1_error']:.1f} %")
 
-    def start(self, headline: str, notes: list[str], flags: dict, history: list[EpochRecord]) -> None:
-        """Before the first epoch of this command: what is trained, warnings, the flags that define it, and the
-        records of earlier epochs."""
+    def start(self, headline: str, notes: list[str], history: list[EpochRecord]) -> None:
+        """Before the first epoch of this command: what is trained, warnings, and the records of earlier epochs."""
         if self.silent:
             return
         self.info(headline)
         for note in notes:
             self.info(f"note: {note}")
-        flags = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
-        for summary in hparams(flags, dict.fromkeys(COLUMNS))[:2]:  # add_hparams would write all scalars again
-            self._board.file_writer.add_summary(summary)
         for record in history:
             self._write(record.epoch, scalars(record))
 

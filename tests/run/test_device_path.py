@@ -84,7 +84,6 @@ def num_allocations() -> list[int]:
 
 def make_batches_small(patch: pytest.MonkeyPatch) -> None:
     """So that there are several; a classifier's last bits may depend on their size."""
-    patch.setattr(loader, "CHUNK_PIXELS", 2 * 8 * 16**2)  # two batches
     patch.setattr(loader, "EVALUATION_PIXELS", 8 * 16**2)  # a batch of eight
 
 

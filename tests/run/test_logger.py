@@ -11,14 +11,11 @@ import pytest
 import torch
 from helpers import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from utils import records
 from utils.exports import report
 from utils.logger import Logger
 from utils.records import METRICS, EpochRecord, RunRecord, from_json
-
-FLAGS = {"lr": 0.1, "a_method": True, "lr_decay_schedule": [5, 7], "limit_val": None}
 
 EARLY_EXIT = {"backbone_multiply_adds": 200}
 EARLY_EXIT["chosen"] = {"threshold": 0.7, "heldout_accuracy": 71.5, "heldout_multiply_adds": 120}
@@ -46,7 +43,7 @@ def log_run(directory: Path) -> EventAccumulator:
     """Log a run of three epochs, the first of which comes from a checkpoint; return its events."""
     log = Logger(directory, 3)
     run = run_record()
-    log.start("run: resnet18", ["slow"], FLAGS, run.history[:1])
+    log.start("run: resnet18", ["slow"], run.history[:1])
     for epoch in run.history[1:]:
         log.epoch(epoch)
     log.finish(run)
@@ -110,25 +107,6 @@ def test_a_line_is_printed_for_each_epoch_that_was_trained(logged):
 
 def test_time_left_is_printed(logged):
     assert "0:00:03 left" in logged.out
-
-
-def hparams(logged, name: str):
-    """A summary of TensorBoard's HParams plugin."""
-    content = logged.events.PluginTagToContent("hparams")[f"_hparams_/{name}"]
-    return HParamsPluginData.FromString(content)
-
-
-def test_flags_stand_in_the_hparams_tab(logged):
-    flags = hparams(logged, "session_start_info").session_start_info.hparams
-    shown = {name: value.string_value or value.number_value for name, value in flags.items()}
-    assert shown == {"lr": 0.1, "a_method": "True", "lr_decay_schedule": "[5, 7]", "limit_val": "None"}
-
-
-def test_columns_of_the_hparams_tab_are_scalars(logged):
-    infos = hparams(logged, "experiment").experiment.metric_infos
-    columns = {info.name.tag for info in infos}
-    assert {"final/nll", "ensemble/top1_error", "test/top1_error"} <= columns
-    assert columns <= set(logged.events.Tags()["scalars"])
 
 
 @pytest.mark.parametrize("name", METRICS)

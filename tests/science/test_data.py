@@ -108,10 +108,9 @@ def equal_images(small_set):
     images[:] = images[:1]
 
 
-def last_epoch(*epochs, seed=4, chunk_pixels=0):
-    """Images, labels and index of the last of these epochs; `chunk_pixels` are augmented at once."""
+def last_epoch(*epochs, seed=4):
+    """Images, labels and index of the last of these epochs."""
     train, _ = build("--seed", seed)
-    train.chunk_pixels = chunk_pixels
     for epoch in epochs:
         train.set_epoch(epoch)
         batches = join(train)
@@ -122,13 +121,6 @@ def test_an_epoch_does_not_depend_on_those_before_it(equal_images):
     alone = last_epoch(3)
     after_others = last_epoch(0, 1, 3)
     torch.testing.assert_close(after_others, alone, rtol=0, atol=0)
-
-
-def test_an_epoch_does_not_depend_on_how_many_images_are_augmented_at_once(equal_images):
-    expected = last_epoch(3)
-    for chunk_pixels in (3 * 16 * 32 * 32, loader.CHUNK_PIXELS):
-        chunked = last_epoch(3, chunk_pixels=chunk_pixels)
-        torch.testing.assert_close(chunked, expected, rtol=0, atol=1e-4)
 
 
 def test_images_of_an_epoch_are_augmented_differently(equal_images):
