@@ -189,7 +189,7 @@ def train(args, given: set[str], device: torch.device) -> None:
             logger.info(f"continuing from {checkpoint.file}: {first_epoch} of {args.end_epoch} epochs are done")
             before, now = run.starts[-2:]
             if before.device_name != now.device_name:
-                logger.info(f"note: they were trained on {before.device_name}; from here on, rounding is another")
+                logger.info(f"note: they ran on {before.device_name}: rounding differs from an uninterrupted run's")
         logger.start(headline(args, model, loaders, run), notes, run.history)
 
         # training loop
