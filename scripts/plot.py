@@ -37,7 +37,7 @@ from paper import ROOT
 from runs import CLASSIFIERS, COLUMNS, DAMAGED, Group, Run, change_text, load
 from tables import difference_cells
 
-from utils.errors import UserError, print_error, printable, run_command
+from utils.errors import UserError, first_names, print_error, printable, run_command
 from utils.metrics import confidence_and_error
 from utils.parser import Parser, path_type
 
@@ -154,8 +154,7 @@ def draw_lines(Figure, name: str, groups: list[Group]):
         shown.setdefault(panel(group), []).append((group, found))
         drawn.append(group)
     for reason, names in left_out.items():
-        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(printable(f"left out of {name}: {', '.join(names[:3])}{others} ({reason})"))
+        print(printable(f"left out of {name}: {first_names(names)} ({reason})"))
     if not drawn:
         return None
     figure = Figure(figsize=(max(5, 3.4 * len(shown)), 3.6))
@@ -173,8 +172,7 @@ def draw_differences(Figure, groups: list[Group]):
     """A row per network and data set, a panel per quantity, in it a row per setting; None without a baseline."""
     paired, alone = pair_runs(BASE, groups)
     if alone:
-        others = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-        print(printable(f"left out of differences: {alone[0]}{others}"))
+        print(printable(f"left out of differences: {first_names(alone)}"))
     if not paired:
         return None
     rows: dict[str, list] = {}

@@ -12,4 +12,5 @@ venv=${VENV:-.venv}
 echo "installing into $venv; PyTorch is some gigabytes and takes minutes the first time"
 "$venv/bin/python" -m pip install --disable-pip-version-check --requirement requirements.txt \
     --requirement tests/requirements.txt --requirement scripts/requirements.txt
-exec "$venv/bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# Files in their order: by number of tests, as otherwise, the golden training runs begin last and alone.
+exec "$venv/bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
