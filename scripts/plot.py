@@ -197,7 +197,7 @@ def draw_differences(Figure, groups: list[Group]):
                 fill = "#332288" if is_decided else "white"
                 axis.errorbar(cell.mean, y, xerr=cell.half_width, fmt="o", color="#332288", markerfacecolor=fill)
     text = "Difference from the baseline of the same seed, negative is better: mean and 95 % interval, filled where it"
-    add_caption(figure, f"{text} leaves out 0.", [pairs.group for pairs in paired])
+    add_caption(figure, f"{text} excludes 0.", [pairs.group for pairs in paired])
     return figure
 
 
@@ -206,13 +206,14 @@ def panel(group: Group) -> str:
 
 
 def add_caption(figure, text: str, groups: list[Group]) -> None:
-    """Above the panels: what is drawn, number of seeds, and the setting."""
+    """Above the panels: what is drawn, number of runs, and the setting."""
     numbers = sorted({len(group.runs) for group in groups})
     settings = {}
     for group in groups:
         flags = sorted(change_text(change).replace(" ", SPACE) for change in group.common)
         settings["; ".join([panel(group), *flags])] = True
-    text = f"{text} n{SPACE}={SPACE}{' to '.join(map(str, {numbers[0], numbers[-1]}))}. {'. '.join(settings)}."
+    counts = " to ".join(map(str, sorted({numbers[0], numbers[-1]})))
+    text = f"{text} Runs per setting: {counts}. {'. '.join(settings)}."
     figure.suptitle(textwrap.fill(text, int(CHARACTERS * figure.get_figwidth())), fontsize="medium")
     figure.set_figheight(figure.get_figheight() + 0.13 * (1 + figure.get_suptitle().count("\n")))
 

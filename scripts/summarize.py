@@ -111,7 +111,7 @@ def paired_tables(base: str, groups: list[Group], columns: list[str], pooled: bo
                 variance = f"pooled over the settings, which share the base's runs ({words})"
             notes.append(
                 f"{network}, {data}: in brackets: 95 % interval of the mean difference (Student's t), with * where it"
-                f" leaves out 0; the variance of paired differences is {variance}"
+                f" excludes 0; the variance of paired differences is {variance}"
             )
     return tables, notes
 

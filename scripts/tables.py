@@ -53,7 +53,7 @@ class Difference(NamedTuple):
     half_width: float | None  # of its 95 % interval
 
     def text(self) -> str:
-        """Such as `-1.50 [-2.10, -0.90]*`, with * where the interval leaves out 0."""
+        """Such as `-1.50 [-2.10, -0.90]*`, with * where the interval excludes 0."""
         if self.half_width is None:
             return fixed(self.mean, self.column.decimals, "+")
         ends = (self.mean, self.mean - self.half_width, self.mean + self.half_width)

@@ -166,6 +166,12 @@ def test_a_group_with_damaged_predictions_is_left_out(root, name, capsys):
     assert axis.get_legend_handles_labels()[1] == ["BYOT"]
 
 
+def test_caption_says_how_many_runs_a_setting_has(root):
+    for seed in range(8):
+        make_run(root, f"dml{seed}", 25.0, seed, methods=["DML"])
+    assert "Runs per setting: 2 to 8." in draw(root, "learning_curves").get_suptitle().replace("\n", " ")
+
+
 def test_runs_left_out_for_one_reason_share_a_line(root, capsys):
     for seed in (1, 2, 3):
         make_run(root, f"dml{seed}", 25.0, seed, methods=["DML"])
