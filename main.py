@@ -174,7 +174,7 @@ def train(args, given: set[str], device: torch.device) -> None:
             return
 
         notes = flags.notes(args, given, device) + loss.notes(args, given)
-        model, network, step, states = build_training(args, device, train_loader, checkpoint)
+        model, step, states = build_training(args, device, train_loader, checkpoint)
         if args.weights is not None and checkpoint is None:
             notes.append(f"--weights: {load_weights(model, args.weights)}")
         objective, optimizer, schedule = states["objective"], states["optimizer"], build_schedule(args)
@@ -198,7 +198,7 @@ def train(args, given: set[str], device: torch.device) -> None:
             predictions = None  # frees the last epoch's, of a gigabyte for large data sets
             lr = optimizer.param_groups[0]["lr"] = schedule(epoch)
             seed_generators(args.seed, epoch, launch.WORLD.rank)
-            network.train()
+            model.train()
             objective.train().set_epoch(epoch)
             train_loader.set_epoch(epoch)
             measured = train_one_epoch(step, train_loader, logger.bar)
@@ -251,12 +251,9 @@ def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
 
 def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
     """The record of a run with this start, in a directory, and the epochs of its checkpoint."""
-    start = Start(0, **environment(device, launch.WORLD.size))
-    if checkpoint is None:
-        return RunRecord(vars(args), record, [start])
-    before = checkpoint.run
-    start.epoch = len(before.history)
-    if checkpoint.file.parent != path:
+    before = checkpoint.run if checkpoint else RunRecord({}, record)
+    start = Start(len(before.history), **environment(device, launch.WORLD.size))
+    if checkpoint and checkpoint.file.parent != path:
         start.resumed_from = str(checkpoint.file.absolute())
     return RunRecord(vars(args), record, [*before.starts, start], before.changes + changes, before.history)
 
@@ -265,8 +262,8 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
     """What is trained and what trains it, in the state of the checkpoint, if there is one.
 
     Returns:
-        the network; the same as the step calls it, perhaps compiled and in several processes; the step, perhaps
-        captured; and by the names of the checkpoint's entries, whatever has a state.
+        the network; the training step, perhaps captured, which calls the network perhaps compiled and in several
+        processes; and by the names of the checkpoint's entries, whatever has a state.
     """
     # network, loss and optimiser
     model = build_model(args, train_loader.num_classes).to(device, memory_format=torch.channels_last)
@@ -285,7 +282,7 @@ def build_training(args, device: torch.device, train_loader, checkpoint: Checkpo
         load_states(checkpoint, **states)
     if args.cuda_graph:
         step = GraphedStep(step)
-    return model, network, step, states
+    return model, step, states
 
 
 def headline(args, model: torch.nn.Module, loaders: dict, run: RunRecord) -> str:

@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import cache
@@ -115,8 +114,10 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
 
 
 def _decode_file(path: str | Path, size: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-    """An entry of each of `Decoded`'s arrays."""
-    with _describing(path):
+    """An entry of each of `Decoded`'s arrays. Raises UserError, naming the file, for whatever goes wrong."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe might never end
+            raise UserError(f"{path} is not a regular file")
         content = Path(path).read_bytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -130,15 +131,6 @@ def _decode_file(path: str | Path, size: int | None) -> tuple[np.ndarray, np.nda
         if size is not None:
             image = _fit(image, size)
         return np.asarray(image), np.frombuffer(digest, np.uint8), side
-
-
-@contextlib.contextmanager
-def _describing(path: str | Path) -> Iterator[None]:
-    """Raises UserError, naming the file, for whatever goes wrong within."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe might never end
-            raise UserError(f"{path} is not a regular file")
-        yield
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError:

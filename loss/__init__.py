@@ -8,8 +8,6 @@ from loss.objective import CrossEntropy, LabelSmoothing, Objective
 from loss.pskd import ProgressiveTargets
 from utils.parser import add_number, add_switch
 
-__all__ = ["METHODS", "Objective", "add_flags", "build_objective", "check_flags", "notes"]
-
 METHODS = ("PSKD", "BYOT", "DML")
 HYPERPARAMETERS = {"PSKD": ("alpha_T",), "BYOT": ("alpha", "temperature", "beta", "BYOT_from_k_block")}
 

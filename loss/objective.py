@@ -40,7 +40,10 @@ class Term(Component):
 
 class SoftLabels(Component):
     """Labels that every term sees in place of the given ones: `soften(outputs, labels, index) -> y_soft (N, K)`.
-    Labels are classes (N,) int64 or probabilities (N, K)."""
+    Labels are classes (N,) int64 or probabilities (N, K). This class leaves them as they are."""
+
+    def forward(self, outputs: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        return labels
 
 
 class CrossEntropy(Term):
@@ -71,32 +74,26 @@ class Objective(nn.Module):
     loss).
     With several processes, however unequal their shards of the batch, the mean of their losses is the loss of the
     global batch: DistributedDataParallel averages gradients.
-
-    Args:
-        soften: None leaves the labels as they are.
     """
 
     def __init__(self, terms: list[Term], soften: SoftLabels | None = None):
         super().__init__()
         self.terms = nn.ModuleList(terms)
-        self.soften = soften
+        self.soften = soften or SoftLabels()
 
     def trained_classifiers(self, num_exits: int) -> list[str]:
         """The names of the classifiers that a term trains, shallow to deep."""
         first = min(term.trains_from or num_exits + 1 for term in self.terms)
         return classifier_names(num_exits + 1)[first - 1 :]
 
-    def _components(self) -> list[Component]:
-        return [component for component in (self.soften, *self.terms) if component is not None]
-
     def set_epoch(self, epoch: int) -> None:
         """Tell every term that epoch `epoch`, counted from 0, begins."""
-        for component in self._components():
+        for component in (self.soften, *self.terms):
             component.set_epoch(epoch)
 
     def end_epoch(self) -> None:
         """Tell every term that all images of the epoch have been seen."""
-        for component in self._components():
+        for component in (self.soften, *self.terms):
             component.end_epoch()
 
     def forward(
@@ -106,7 +103,7 @@ class Objective(nn.Module):
         batch_size, the number of images over all processes (default: N times the number of processes)."""
         processes = launch.WORLD.size
         batch_size = batch_size or processes * len(labels)
-        targets = labels if self.soften is None else self.soften(outputs, labels, index)
+        targets = self.soften(outputs, labels, index)
         parts = {}
         for term in self.terms:
             parts.update(term(outputs, targets, index, batch_size))

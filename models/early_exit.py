@@ -1,6 +1,6 @@
 """Early exit: images that stop at the first exit which is confident enough, and what that costs."""
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -28,31 +28,28 @@ def predict_early(
         logits (N, K) of each image's deciding classifier; its number (N,) int64, 1..B-1 for exits, B for the
         final classifier.
     """
+    deciding = temperatures if threshold < NEVER else ["final"]
     logits = model.fc.weight.new_zeros(len(images), model.fc.out_features)
     remaining = torch.arange(len(images), device=images.device)
     decided_by = torch.zeros_like(remaining)
-    classifiers = _classifiers(model, images, temperatures if threshold < NEVER else ["final"])
-    go_on = None
-    while len(remaining):
-        number, name, found = classifiers.send(go_on)
-        stop = (confidence(found, temperatures[name]) >= threshold) | (name == "final")
-        logits[remaining[stop]], decided_by[remaining[stop]] = found[stop], number
-        go_on = ~stop
-        remaining = remaining[go_on]
+    x = model.stem(images)
+    for i, name in enumerate(classifier_names(len(model.stages))):
+        if not len(remaining):
+            break
+        x = model.stages[i](x)
+        if name in deciding:
+            found = _classify(model, i, x)
+            stop = (confidence(found, temperatures[name]) >= threshold) | (name == "final")
+            logits[remaining[stop]], decided_by[remaining[stop]] = found[stop], i + 1
+            x, remaining = x[~stop], remaining[~stop]
     return logits, decided_by
 
 
-def _classifiers(model: MultiExitNetwork, images: Tensor, deciding: Collection[str]) -> Generator:
-    """Gives number, name and logits of each classifier that may decide, shallow to deep, and computes nothing beyond it
-    until it is asked for the next, with a mask (N,) of the images that go on, or None for all."""
-    x = model.stem(images)
-    for i, name in enumerate(classifier_names(len(model.stages))):
-        x = model.stages[i](x)
-        if name in deciding:
-            logits, _ = classify(model.fc, x) if name == "final" else model.exits[i](x)
-            go_on = yield i + 1, name, logits
-            if go_on is not None:
-                x = x[go_on]
+def _classify(model: MultiExitNetwork, i: int, feature_map: Tensor) -> Tensor:
+    """Logits (N, K) of the classifier on stage i, counted from 0."""
+    is_exit = i < len(model.stages) - 1
+    logits, _ = model.exits[i](feature_map) if is_exit else classify(model.fc, feature_map)
+    return logits
 
 
 def confidence(logits: Tensor, temperature: float) -> Tensor:
@@ -75,7 +72,14 @@ def multiply_adds(model: MultiExitNetwork, image_size: int, deciding: Collection
     image = model.fc.weight.new_zeros(1, 3, image_size, image_size)
 
     def count(names: Collection[str]) -> dict[str, int]:
+        costs = {}
         with FlopCounterMode(display=False) as counter:
-            return {name: counter.get_total_flops() // 2 for _, name, _ in _classifiers(model, image, names)}
+            x = model.stem(image)
+            for i, name in enumerate(classifier_names(len(model.stages))):
+                x = model.stages[i](x)
+                if name in names:
+                    _classify(model, i, x)
+                    costs[name] = counter.get_total_flops() // 2
+        return costs
 
     return count(deciding), count(["final"])["final"]

@@ -260,10 +260,10 @@ def plot(paths: list[Path], out: Path, only: list[str]) -> None:
     with figures.drawing() as Figure:
         drawn = {"differences": draw_differences(Figure, groups)}
         for name in KINDS:
-            shown = (
-                [group for group in groups if group.label in EARLY_EXIT] if name == "early_exit" and not only else []
-            )
-            drawn[name] = draw_lines(Figure, name, shown or groups)
+            shown = groups
+            if name == "early_exit" and not only:
+                shown = [group for group in groups if group.label in EARLY_EXIT] or groups
+            drawn[name] = draw_lines(Figure, name, shown)
         for name, figure in drawn.items():
             if figure is None:
                 continue

@@ -14,7 +14,17 @@ from paper import PUBLISHED, ROOT, SETTINGS
 
 sys.path.insert(0, str(ROOT))
 from utils.errors import UserError, printable
-from utils.records import METRICS, Change, EpochRecord, SplitRecord, Start, TestRecord, find_changes, from_json
+from utils.records import (
+    AFTER_TEMPERATURE,
+    METRICS,
+    Change,
+    EpochRecord,
+    SplitRecord,
+    Start,
+    TestRecord,
+    find_changes,
+    from_json,
+)
 
 METHODS = ("PSKD", "BYOT", "DML")
 NO_METHOD = dict.fromkeys(METHODS, False)
@@ -47,7 +57,7 @@ def _metric_column(name: str, after: str = "") -> Column:
 
 # Every number that a table may show. T: each classifier's temperature, p: its norm, both fitted on held-out images.
 COLUMNS = {name: _metric_column(name) for name in METRICS}
-COLUMNS |= {f"{name}_after_T": _metric_column(name, "_after_T") for name in ("nll", "ece", "brier", "adaptive_ece")}
+COLUMNS |= {f"{name}_after_T": _metric_column(name, "_after_T") for name in AFTER_TEMPERATURE}
 COLUMNS |= {name: Column(f"{name} err (%)", 2, name, "top1_error") for name in CLASSIFIERS}
 COLUMNS |= {
     "augrc_pnorm": Column("AUGRC of pNorm (x 1000)", 2, "final", "augrc_pnorm"),

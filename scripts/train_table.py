@@ -41,10 +41,14 @@ RUNNER = ROOT / "scripts" / "run_commands.py"
 
 def find_rows(table: str) -> list[tuple[str, list[str]]]:
     """Of each row, its network, or in the study its setting; and its flags."""
-    rows = list(SETTINGS.items()) if table == "study" else []
-    for row in table_rows(int(table)) if not rows else ():
-        blocks = {flag: row[flag] for flag in BLOCK_FLAGS if row[flag] != BLOCK_FLAGS[flag]}
-        rows.append((row["model"], {"classifier_type": row["model"], **dict.fromkeys(row["methods"], True), **blocks}))
+    if table == "study":
+        rows = SETTINGS.items()
+    else:
+        rows = []
+        for row in table_rows(int(table)):
+            blocks = {flag: row[flag] for flag, default in BLOCK_FLAGS.items() if row[flag] != default}
+            flags = {"classifier_type": row["model"], **dict.fromkeys(row["methods"], True), **blocks}
+            rows.append((row["model"], flags))
     found = []
     for key, flags in rows:
         found.append((key, [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]))

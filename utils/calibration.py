@@ -5,12 +5,11 @@ from torch import Tensor
 
 from utils.engine import by_classifier
 from utils.metrics import all_metrics, confidence_and_error, per_sample, rows_per_chunk
-from utils.records import Classifiers
+from utils.records import AFTER_TEMPERATURE, Classifiers
 
 TOLERANCE = 0.5  # points of accuracy that early exit may lose at the chosen threshold
 NUM_THRESHOLDS = 25
 NEVER = 1.01  # a threshold that no confidence reaches
-AFTER_TEMPERATURE = ("ece", "nll", "adaptive_ece", "brier")  # of the metrics, those that a temperature changes
 LOG_BOUNDS = (-2.0, 2.0)  # of log10 T
 
 

@@ -67,7 +67,7 @@ class GraphedStep:
     def _capture(self, tensors, batch_size: int) -> None:
         self.graph = None  # frees the old one's memory first
         self.inputs = [t.clone() for t in tensors]
-        self.step.optimizer.zero_grad(set_to_none=True)
+        self.step.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             self.step.update(*self.inputs, batch_size)

@@ -140,22 +140,15 @@ class TrainStep:
         with autocast(self.precision, self.device):
             outputs = self.model(images)
         loss, parts = self.loss(outputs, labels, index, batch_size)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled():
-            self._scaled_step(loss)
-        else:
-            loss.backward()
-            self.optimizer.step()
-        self.meter.update(parts, outputs.logits, labels, batch_size)
-
-    def _scaled_step(self, loss: Tensor) -> None:
-        """Backward and update with a scaled loss. On a GPU nothing waits: the fused optimiser skips by itself."""
+        self.optimizer.zero_grad()
+        # The scaler does nothing to the loss unless the precision is fp16.
         one = torch.ones_like(loss)
         scale = self.scaler.scale(one)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # on a GPU nothing waits: the fused optimiser skips by itself
         self.scaler.update()
         self.meter.num_skipped += self.scaler.scale(one) < scale
+        self.meter.update(parts, outputs.logits, labels, batch_size)
 
 
 def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loader) -> dict:
@@ -247,11 +240,11 @@ def ensemble_logits(members: list[Tensor]) -> Tensor:
 def first_nonfinite(model: nn.Module, means: dict[str, float]) -> str | None:
     """What is NaN or infinite after an epoch: loss terms, by name, or else the first parameter or buffer.
 
-    Called once per epoch, so that no step waits for it; one fused kernel per precision on a GPU.
+    Called once per epoch, so that no step waits for it.
     """
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
         return ", ".join(name for name in bad if name != "loss") or "loss"
-    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    largest = torch.stack(torch._foreach_norm(list(tensors.values()), math.inf)).tolist()
-    return next((name for name, value in zip(tensors, largest, strict=True) if not math.isfinite(value)), None)
+    tensors = model.state_dict()
+    are_finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, is_finite in zip(tensors, are_finite, strict=True) if not is_finite), None)

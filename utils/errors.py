@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -94,13 +94,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(isinstance(e, MemoryError) or any(text in str(e) for text in OUT_OF_MEMORY) for e in _chain(error))
 
 
-def _chain(error: Exception) -> list[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what caused it, such as one inside a graph capture, which another hides."""
-    chain = []
     while error is not None:
-        chain.append(error)
+        yield error
         error = error.__cause__ or error.__context__
-    return chain
 
 
 def printable(text: str) -> str:

@@ -100,17 +100,16 @@ def confidence_and_error(logits: Tensor, labels: Tensor, temperature: float = 1.
     return confidence, (rank > 0).double()
 
 
-def reliability(confidence: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reliability(confidence: Tensor, error: Tensor) -> list[Tensor]:
     """Sums by bin of confidence, (NUM_BINS,) each: samples, confidence, right answers.
 
     Bins are equally wide, open below and closed above (Guo et al., ICML 2017). confidence (M,) float64 in
     (0, 1], error (M,) of 0 and 1.
     """
     borders = confidence.new_tensor([i / NUM_BINS for i in range(1, NUM_BINS)])
-    which = torch.bucketize(confidence, borders)
-    sums = confidence.new_zeros(3, NUM_BINS)
-    sums.index_add_(1, which, torch.stack([torch.ones_like(confidence), confidence, 1 - error]))
-    return sums.unbind()
+    bins = torch.bucketize(confidence, borders)
+    summands = (torch.ones_like(confidence), confidence, 1 - error)
+    return [torch.bincount(bins, values, NUM_BINS) for values in summands]
 
 
 def expected_calibration_error(confidence: Tensor, error: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ def by_rank(confidence: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """
     falling, order = confidence.sort(descending=True)
     _, group, size = falling.unique_consecutive(return_inverse=True, return_counts=True)
-    errors = error.new_zeros(len(size)).index_add_(0, group, error[order])
+    errors = torch.bincount(group, error[order])
     return falling, (errors / size)[group]
 
 
@@ -173,5 +172,5 @@ def adaptive_calibration_error(confidence: Tensor, error: Tensor) -> Tensor:
     """
     confidence, error = by_rank(confidence, error)
     bins = torch.arange(len(error), device=error.device) * NUM_ADAPTIVE_BINS // len(error)
-    gaps = error.new_zeros(NUM_ADAPTIVE_BINS).index_add_(0, bins, 1 - error - confidence)
+    gaps = torch.bincount(bins, 1 - error - confidence)
     return gaps.abs().sum() / len(error)

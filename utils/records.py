@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ METRICS = {
     "adaptive_ece": Metric("ad. ECE", "%", 2, shown=False),
 }
 SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}
+AFTER_TEMPERATURE = ("nll", "ece", "brier", "adaptive_ece")  # those that a temperature changes
 
 # Metrics by the name of a classifier that a loss trains, `exit 1`, ..., `final`; `ensemble`, the mean of their
 # probabilities, where there are several.
@@ -208,16 +210,17 @@ def shown_metrics(values: dict) -> dict:
 
 def results_table(blocks: dict[str, Classifiers]) -> str:
     """A row for each classifier of each block, below the block's title."""
-    rows = [["", *(metric.heading for metric in SHOWN.values())], ["", *(metric.unit for metric in SHOWN.values())]]
-    for title, classifiers in blocks.items():
-        rows.append([title])
-        for name, metrics in classifiers.items():
-            cells = [f"{metrics[key]:.{m.decimals}f}" if key in metrics else "-" for key, m in SHOWN.items()]
-            rows.append([f"  {name}", *cells])
     lines = []
-    for label, *cells in rows:
-        aligned = [f" {cell:>10}" for cell in cells]
-        lines.append(f"{label:14}" + "".join(aligned))
+
+    def add(label: str, cells: Iterable[str] = ()) -> None:
+        lines.append(f"{label:14}" + "".join(f" {cell:>10}" for cell in cells))
+
+    add("", (metric.heading for metric in SHOWN.values()))
+    add("", (metric.unit for metric in SHOWN.values()))
+    for title, classifiers in blocks.items():
+        add(title)
+        for name, metrics in classifiers.items():
+            add(f"  {name}", (f"{metrics[key]:.{m.decimals}f}" if key in metrics else "-" for key, m in SHOWN.items()))
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,13 +13,12 @@ from utils import launch
 from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, find_checkpoint, load_checkpoint, write_checkpoint
 from utils.errors import Interrupted, UserError, tell
 from utils.exports import exports
-from utils.files import link_atomic, write_atomic
+from utils.files import TEMPORARY, link_atomic, write_atomic
 from utils.records import EpochRecord, RunRecord, TestRecord, best_epoch
 
 # What a run writes beside checkpoints, and --overwrite removes.
 LOG = "experiment.log"
 EXPORTS = ("config.json", "metrics.jsonl", "results.json", "predictions.npz")
-TEMPORARY = re.compile(r"(checkpoint_\w+\.pth|[\w.]+\.jsonl?|predictions\.npz)\.[0-9a-f]{32}\.tmp")
 
 # Writing costs at most about a twentieth of the time, unless a write is too short to matter.
 SAVE_INTERVAL = 20  # times the duration of a write
@@ -90,23 +88,18 @@ class RunDirectory:
             if resume is not None and Path(resume).resolve() not in own:
                 note = f"{note}\n{self.path} goes on from its own checkpoint, not from {resume}".strip()
         else:
-            self._check_is_unused()
+            for pattern in ("checkpoint_*.pth", *EXPORTS):  # nothing of these is written before a checkpoint
+                for file in self.path.glob(pattern):
+                    raise UserError(
+                        f"{file} is there, but no {LAST} to go on from: give another --run_name, or --overwrite to"
+                        " remove what is there"
+                    )
             if resume is None:
                 return None
             checkpoint, note = find_checkpoint(Path(resume))
         if note:
             tell(note)
         return checkpoint
-
-    def _check_is_unused(self) -> None:
-        """Raises UserError where a directory without a checkpoint to go on from holds what this run would overwrite.
-        (Nothing of these is written before a checkpoint.)"""
-        for pattern in ("checkpoint_*.pth", *EXPORTS):
-            for file in self.path.glob(pattern):
-                raise UserError(
-                    f"{file} is there, but no {LAST} to go on from: give another --run_name, or --overwrite to remove"
-                    " what is there"
-                )
 
     def _acquire_lock(self) -> None:
         try:
@@ -148,9 +141,8 @@ class RunDirectory:
             if (self.path / LAST).exists():
                 raise UserError(f"{self.path} is now used by another run; rerun this command to continue it")
         self.check_lock()
-        unwanted = [file for file in self.path.iterdir() if TEMPORARY.fullmatch(file.name)]
         # Event files are rewritten from the history, so that no step is in them twice.
-        unwanted += self.path.glob("tensorboard/**/events.out.tfevents.*")
+        unwanted = [*self.path.glob(TEMPORARY), *self.path.glob("tensorboard/**/events.out.tfevents.*")]
         if checkpoint is None:
             unwanted += [self.path / name for name in (*EXPORTS, LOG)]
             unwanted += self.path.glob("checkpoint_*.pth")
