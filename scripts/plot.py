@@ -8,8 +8,8 @@
   learning_curves  validation top-1 error per epoch
   exits            top-1 accuracy of each exit, of the final classifier and of the ensemble
   early_exit       top-1 accuracy against MACs (multiply-adds) in % of the backbone's (needs trained exits and
-                   --val_split), of BYOT and all three methods unless --only says otherwise; the baseline, which has
-                   no exits, is a line at its accuracy
+                   --val_split), of BYOT and all three methods where there are some, unless --only says otherwise;
+                   the baseline, which has no exits, is a line at its accuracy
 
 All but the learning curves are of the last epoch. Reliability, risk and learning curves are of the validation split,
 which without --val_split is the test split, and need run directories; the others are of the test split, and study files
@@ -48,7 +48,7 @@ COLOURS = ("#332288", "#cc6677", "#44aa99", "#882255", "#88ccee", "#999933", "#a
 DASHES = (
     (5, 1.5), (1, 1), (6, 1, 1, 1), (3, 3), (6, 1, 1, 1, 1, 1), (10, 2), (2, 1), (8, 1, 3, 1), (1, 3), (4, 1, 4, 3)
 )  # fmt: skip
-EARLY_EXIT = (BASE, "BYOT", "PSKD+BYOT+DML")  # more curves cover each other
+EARLY_EXIT = {"BYOT", "PSKD+BYOT+DML"}  # more curves cover each other
 DIFFERENCES = ("top1_error", "ece", "ece_after_T")
 CHARACTERS = 15  # in an inch
 SPACE = "\N{NO-BREAK SPACE}"
@@ -260,9 +260,8 @@ def plot(paths: list[Path], out: Path, only: list[str]) -> None:
     with figures.drawing() as Figure:
         drawn = {"differences": draw_differences(Figure, groups)}
         for name in KINDS:
-            shown = groups
-            if name == "early_exit" and not only:
-                shown = [group for group in groups if group.label in EARLY_EXIT] or groups
+            has_few = name == "early_exit" and not only and EARLY_EXIT.intersection(labels)
+            shown = [group for group in groups if not has_few or group.label in (BASE, *EARLY_EXIT)]
             drawn[name] = draw_lines(Figure, name, shown)
         for name, figure in drawn.items():
             if figure is None:

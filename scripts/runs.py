@@ -190,7 +190,7 @@ def read_run(source: Source, which: str) -> Run:
     if test is not None and test.metrics is not None:
         block = test
     elif selects_on_val:
-        data += ", no test split: held-out images"
+        data += ", no test metrics: held-out images"
     return Run(
         source=source,
         name=name,

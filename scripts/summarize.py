@@ -179,8 +179,8 @@ def summarize(args: argparse.Namespace) -> None:
         if args.pairs in known:
             raise UserError(f"--pairs {args.pairs}: no run of another setting has its network, images and seed")
         raise UserError(f"--pairs {args.pairs}: give one of {'; '.join(known)}")
-    if args.table and not tables:
-        raise UserError(f"no run is a row of Table {args.table}")
+    if not tables:
+        raise UserError(f"no run is a row of Table {args.table}" if args.table else "no classifier has these metrics")
     if args.export:
         export(args.export, runs, skipped)
     FORMATS[args.format](tables, [printable(note) for note in dict.fromkeys(notes)])

@@ -92,6 +92,8 @@ def test_the_study_has_five_seeds_of_all_settings_by_one_commit():
     images = {(config["seed"], json.dumps(config["data"])) for config in configs.values()}
     assert len(images) == 5  # the seed draws the held-out images
     assert {config["git_commit"][:7] for config in configs.values()} == {"3f04f64"}
+    # with today's program, a sixth seed joins its setting
+    assert all(config["data"]["splits"].keys() == {"train_and_val", "train", "val", "test"} for config in configs.values())
 
 
 def test_best_epoch_is_of_the_test_split(summary):
@@ -185,7 +187,7 @@ OTHER_DATA = [
     ({"data_type": "folder"}, "folder"),
     ({"classes": 20}, "cifar100, classes 20"),
     ({"limit_train": 4000}, "cifar100, limit_train 4000"),
-    ({"data_type": "folder", "val_split": 0.1}, "folder, no test split: held-out images"),
+    ({"data_type": "folder", "val_split": 0.1}, "folder, no test metrics: held-out images"),
 ]
 
 
@@ -303,6 +305,11 @@ def test_without_a_finished_run_the_error_says_why(tmp_path, capsys):
     make_finished_run(tmp_path, "cut", 20.0, results={"status": "interrupted"})
     assert summarize.main([str(tmp_path)]) == 1
     assert re.search(r"error: no finished run in .*; \S+/cut \(interrupted, ", capsys.readouterr().err)
+
+
+def test_columns_that_no_classifier_has_are_an_error(refused):
+    words = [str(RESULTS / "cifar100_width16.jsonl"), "--all_classifiers", "--metrics", "hours"]
+    assert refused(summarize.main, words) == "error: no classifier has these metrics\n"
 
 
 def test_published_rows_are_the_papers():
