@@ -166,7 +166,7 @@ def train(args, given: set[str], device: torch.device) -> None:
             raise UserError("the processes read different images: give all of them the same data")
         if checkpoint:
             check_same_images(checkpoint.run.data, train_loader.record, checkpoint.file)
-        if checkpoint and is_finished(directory.path, checkpoint, args):
+        if distributed.broadcast_from_rank_0(lambda: is_finished(directory.path, checkpoint, args)):
             directory.run = checkpoint.run
             directory.export("finished")
             if launch.WORLD.is_main:
@@ -242,11 +242,12 @@ def find_start(directory: RunDirectory, args) -> tuple[Checkpoint | None, list[C
     return checkpoint, [change._replace(epoch=done) for change in changes]
 
 
-def is_finished(path: Path, checkpoint: Checkpoint, args) -> bool:
+def is_finished(path: Path, checkpoint: Checkpoint | None, args) -> bool:
     """Whether the run in a directory has nothing left to do."""
-    is_here = checkpoint.file.parent == path
+    if checkpoint is None or checkpoint.file.parent != path:
+        return False
     has_predictions = not args.save_predictions or (path / "predictions.npz").exists()
-    return is_here and checkpoint.run.finished and len(checkpoint.run.history) == args.end_epoch and has_predictions
+    return checkpoint.run.finished and len(checkpoint.run.history) == args.end_epoch and has_predictions
 
 
 def begin_run(args, device, checkpoint: Checkpoint | None, changes: list[Change], record, path: Path) -> RunRecord:
@@ -398,6 +399,9 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
 
     # the metrics
     loader = loaders[split]
+    found = loader.record.splits[split]
+    if found == run.data.splits.get("val"):  # also where they lie by themselves, as a test split would
+        split = "val"
     if launch.WORLD.is_main:
         kind = "validation" if run.data.selects_on_val and split == "val" else "test"
         tell(f"{file}: {loader.num_samples} {kind} images")
@@ -405,7 +409,7 @@ def evaluate_run(args, given: set[str], device: torch.device) -> None:
     if not launch.WORLD.is_main:
         return
     tell(results_table({f"epoch {checkpoint.epoch + 1}": classifiers}))
-    images = {"images": loader.record.splits[split], "images_of_the_run": run.data.splits.get(split)}
+    images = {"images": found, "images_of_the_run": run.data.splits.get(split)}
     output = Path(args.experiments_dir, args.run_name, "val.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, to_json({"checkpoint": str(file), "epoch": checkpoint.epoch, **images, split: classifiers}))

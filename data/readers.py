@@ -210,11 +210,11 @@ def read_tiny_imagenet(root: Path, options: ReadOptions) -> Images:
                 os.rename(Path(unpacked) / name, folder)
 
     train, val = folder / "train", folder / "val"
-    num = len(_subfolders(train))
-    if num != TINY_IMAGENET_CLASSES:
-        raise UserError(f"{train} has {num} classes, not {TINY_IMAGENET_CLASSES}: unpack {archive.name} again")
     samples = {}
     if options.train:
+        num = len(_subfolders(train))
+        if num != TINY_IMAGENET_CLASSES:
+            raise UserError(f"{train} has {num} classes, not {TINY_IMAGENET_CLASSES}: unpack {archive.name} again")
         samples["train"], _ = _list_samples(train)
     if len(_subfolders(val)) > 1:
         samples["test"], _ = _list_samples(val)

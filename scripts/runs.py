@@ -170,7 +170,7 @@ def read_run(source: Source, which: str) -> Run:
     config = {key: value for key, value in config.items() if key not in runtime}
     flags = PAPER | {key: value for key, value in config.items() if key not in FACTS}
     methods = tuple(method for method in METHODS if flags[method])
-    starts = from_json(list[Start], config["starts"])
+    starts = [start for start in from_json(list[Start], config["starts"]) if start.epoch < results["epochs"]]
     flags["processes"] = " and ".join(sorted({str(start.processes) for start in starts}))
     fitting = [name for name, setting in SETTINGS.items() if (NO_METHOD | setting).items() <= flags.items()]
     changes = [change for change in find_changes(PAPER, flags, PAPER) if change.name not in NOT_COMPARED]

@@ -78,8 +78,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="let these differ on resume, and record it: end_epoch, and with it the default of --lr_decay_schedule;"
-        " lr_decay_schedule, precision, processes (default: none, since a run is then no longer what one command"
-        " computes)",
+        " lr_decay_schedule, precision, processes, weights_digest, where --weights are gone (default: none, since a run"
+        " is then no longer what one command computes)",
     )
     switch("--save_predictions", "runtime", help="keep the last epoch's validation logits in predictions.npz")
     text, reason = "also keep a checkpoint every N epochs", "only last, previous and best, which resuming needs"
@@ -120,6 +120,8 @@ def check_flags(args: argparse.Namespace, fail) -> None:
         fail("argument --val_only: has no effect without --resume")
     if args.overwrite and args.resume:
         fail("argument --overwrite: cannot be used with --resume")
+    if args.overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        fail("argument --overwrite: each of torchrun's --max-restarts would start over; leave one of them out")
     check_machine(args, fail)
     _check_paths(args, fail)
 

@@ -6,7 +6,7 @@ from utils.errors import UserError
 from utils.records import Change, find_changes
 
 # Between two starts of a run, with --allow_change.
-MAY_CHANGE = ("end_epoch", "lr_decay_schedule", "precision", "processes")
+MAY_CHANGE = ("end_epoch", "lr_decay_schedule", "precision", "processes", "weights_digest")
 
 
 def check_flags(file: Path, before: dict, now: dict, defaults: dict, allowed: list[str]) -> list[Change]:

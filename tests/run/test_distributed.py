@@ -226,6 +226,24 @@ def test_a_restart_continues_from_the_checkpoint(finished, tmp_path):
     assert bits(read_records(tmp_path / "run")) == bits(read_records(finished))
 
 
+def finish_elsewhere(directory: Path) -> None:
+    """The second process cannot see the run directory."""
+    elsewhere = ("--experiments_dir", str(directory / "elsewhere")) if os.environ["RANK"] == "1" else ()
+    work(directory, None, *elsewhere)
+
+
+def test_a_finished_run_is_so_for_processes_that_do_not_see_it(finished, tmp_path):
+    launch_processes(2, tmp_path / "logs", finish_elsewhere, finished)
+    assert "is finished (3 epochs)" in printed(tmp_path / "logs", 0)
+
+
+def test_overwrite_is_refused_where_each_restart_would_start_over(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(SystemExit):
+        main.parse_args(["--device", "cpu", "--overwrite"])
+    assert "argument --overwrite: each of torchrun's --max-restarts" in capsys.readouterr().err
+
+
 def test_after_a_death_fewer_processes_continue_only_by_permission(tmp_path, capsys):
     directory = tmp_path / "run"
     with pytest.raises(ChildFailedError):

@@ -1,10 +1,11 @@
 """`--val_only`: one run by the flags in its checkpoint."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers import enter_copy, files, forge, read, read_checkpoint, train_on_photos, val_only
+from helpers import enter_copy, files, forge, read, read_checkpoint, run, save_photos, train_on_photos, val_only
 
 import main
 from utils.checkpoint import BEST, LAST
@@ -45,6 +46,20 @@ def test_val_json_holds_checkpoint_images_and_metrics_of_the_last_epoch(folder):
     found = {"checkpoint": "run/checkpoint_last.pth", "images": images, "images_of_the_run": images}
     last = read(RUN)["last"]
     assert read(Path("out"), "val.json") == {**found, "epoch": last["epoch"], "val": last["val"]}
+
+
+def test_validation_images_by_themselves_are_not_called_test_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_photos(Path("photos"))
+    shutil.copytree("photos/train", "photos/val")
+    assert run(RUN, flags="--data_type folder --data_path photos --width 8 --end_epoch 1") == 0
+    for split in ("train", "test"):
+        shutil.rmtree(f"photos/{split}")
+    assert val_only(RUN, Path("out")) == 0
+    assert "16 validation images" in capsys.readouterr().out
+    written = read(Path("out"), "val.json")
+    assert written["val"] == read(RUN)["last"]["val"]
+    assert written["images"] == written["images_of_the_run"]
 
 
 NAMES = {"run": "run_val", "run/": "run_val", f"run/{LAST}": "run_val", f"run/{BEST}": "run_checkpoint_best_val"}

@@ -74,6 +74,9 @@ def test_a_run_starts_from_the_weights_of_another_and_resumes(pretrained, tmp_pa
     assert "--weights" not in capsys.readouterr().out
     moved.unlink()
     assert val_only(directory, tmp_path / "val") == 0
+    assert run(directory, *longer) == 1
+    assert "--allow_change weights_digest continues" in one_line(capsys)
+    assert run(directory, *longer, "--allow_change", "weights_digest") == 0
 
 
 def test_weights_that_overwrite_would_remove_are_refused(pretrained, capsys):

@@ -93,7 +93,9 @@ def test_the_study_has_five_seeds_of_all_settings_by_one_commit():
     assert len(images) == 5  # the seed draws the held-out images
     assert {config["git_commit"][:7] for config in configs.values()} == {"3f04f64"}
     # with today's program, a sixth seed joins its setting
-    assert all(config["data"]["splits"].keys() == {"train_and_val", "train", "val", "test"} for config in configs.values())
+    assert all(
+        config["data"]["splits"].keys() == {"train_and_val", "train", "val", "test"} for config in configs.values()
+    )
 
 
 def test_best_epoch_is_of_the_test_split(summary):
@@ -180,6 +182,13 @@ def test_runs_of_other_machines_and_versions_are_one_group(tmp_path, summary):
     assert row["hours"] == "—"  # one of the two lacks them
     assert row["s/epoch"] == "—"  # seconds on two machines have no mean
     assert "made on H200, torch 2.8, commit 0123456; L4, torch 2.8, commit 0123456" in out
+
+
+def test_a_start_that_trained_no_epoch_leaves_the_times(tmp_path, summary):
+    late = {**start_record("L4"), "epoch": 300}
+    make_finished_run(tmp_path, "a", 20.0, 1, starts=[start_record(), late])
+    make_finished_run(tmp_path, "b", 21.0, 2)
+    assert cells(summary(), row="8")[0]["s/epoch"].startswith("10.0 ± 0.0")
 
 
 OTHER_DATA = [
