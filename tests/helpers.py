@@ -141,14 +141,14 @@ def is_reproducible(key: str) -> bool:
 
 
 def save_photos(folder: Path) -> None:
-    """16 training and 8 test images of 20 pixels, half of them of class `a`, half of class `b`."""
+    """16 training and 8 test images of 20 pixels, half of them of class `a`, half of class `b`; files of equal size."""
     random = np.random.RandomState(0)
     for number in range(24):
         split = "test" if number % 3 == 0 else "train"
         directory = folder / split / "ab"[number % 2]
         directory.mkdir(parents=True, exist_ok=True)
         pixels = random.randint(0, 256, (20, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(directory / f"{number}.png")
+        Image.fromarray(pixels).save(directory / f"{number}.png", compress_level=0)
 
 
 def train_on_photos(folder: Path, flags: str) -> Path:

@@ -13,9 +13,8 @@ from PIL import Image
 
 import main
 from data.readers import Split
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import LAST
 from utils.engine import TrainStep
-from utils.records import to_json
 
 RUN, OUT, PHOTOS = Path("run"), Path("out"), Path("photos")
 FLAGS = "--PSKD --image_size 16 --width 4 --num_resnet_blocks 2 --batch_size 8 --lr 0.05 --end_epoch 2"
@@ -89,11 +88,6 @@ def test_resume_with_added_images_does_not_move_held_out_ones_into_training(held
     assert "13 train images in place of 12" in refused(train, HELD_OUT)
 
 
-def test_val_only_refuses_other_classes_by_name(plain_run, refused):
-    rename_class()
-    assert "missing: a; new: z" in refused(val_only, RUN, OUT)
-
-
 def test_val_only_uses_the_recorded_mean_and_std(plain_run):
     for number in range(8):
         save_image(PHOTOS / "train" / "a" / f"white {number}.png", "white")
@@ -109,11 +103,6 @@ def test_val_only_on_another_test_set_records_both_digests(plain_run):
     assert images["images"] == 9
     assert of_the_run["images"] == 8
     assert images["digest"] != of_the_run["digest"]
-
-
-def test_val_only_evaluates_the_held_out_images(held_out_run):
-    assert val_only(RUN, OUT) == 0
-    assert read(OUT, "val.json")["val"] == read(RUN)["last"]["val"]
 
 
 def test_val_only_with_unknown_held_out_images_evaluates_the_test_split(held_out_run, capsys):
@@ -145,11 +134,6 @@ def test_own_validation_images_select_and_the_test_split_is_used_at_the_end(plai
     assert written["images"] != written["images_of_the_run"]
 
 
-def test_folder_without_a_test_split_needs_val_split(plain_run, refused):
-    shutil.rmtree(PHOTOS / "test")
-    assert "--val_split" in refused(train, FLAGS, PHOTOS, Path("new"))
-
-
 @pytest.mark.parametrize("folder", [".", "train"])
 def test_run_without_a_test_split_says_so(folder, plain_run, capsys):
     shutil.rmtree(PHOTOS / "test")
@@ -175,10 +159,6 @@ def test_record_names_classes_and_counts_the_images_of_each_split(held_out_run):
 def test_record_identifies_the_training_images_before_any_are_held_out(plain, held_out):
     split, whole = (read(folder / "run", "config.json")["data"]["splits"] for folder in (held_out, plain))
     assert split["train_and_val"] == whole["train"]
-
-
-def test_checkpoint_holds_the_record(held_out_run):
-    assert to_json(load_checkpoint(RUN / LAST).run.data) == read(RUN, "config.json")["data"]
 
 
 IMAGES = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)

@@ -48,10 +48,6 @@ def written(request, tmp_path_factory) -> Written:
     return Written(request.param, directory)
 
 
-def test_records_count_epochs_from_zero(written):
-    assert [record["epoch"] for record in written.records] == [0, 1]
-
-
 def test_records_hold_the_learning_rate(written):
     rates = [record["lr"] for record in written.records]
     assert rates == pytest.approx([0.05, 0.005])

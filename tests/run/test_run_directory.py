@@ -85,7 +85,7 @@ def old(finished, tmp_path_factory) -> Path:
     since. The first epoch is and stays its best."""
     directory = tmp_path_factory.mktemp("old")
     saved = read_checkpoint(finished, PREVIOUS)
-    del saved["args"]["label_smoothing"], saved["args"]["cuda_graph"]
+    del saved["args"]["label_smoothing"], saved["args"]["weight_decay"], saved["args"]["cuda_graph"]
     for record in saved["history"]:
         record["val"]["final"]["top1_error"] = 0.0
         del record["val"]["final"]["eaurc"], record["seconds_validation"], record["seconds_saving"]
@@ -163,9 +163,8 @@ def test_directory_without_a_checkpoint_is_named(tmp_path, refused):
     assert error.startswith(f"error: {tmp_path / 'empty'} holds no checkpoint")
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "predictions.npz"])
-def test_lost_file_of_a_finished_run_is_written_again(name, finished, copied):
-    (copied / name).unlink()
+def test_lost_predictions_of_a_finished_run_are_written_again(finished, copied):
+    (copied / "predictions.npz").unlink()
     assert train(copied) == 0
     assert content(copied) == content(finished)
 

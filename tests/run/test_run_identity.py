@@ -7,12 +7,9 @@ import pytest
 import torch
 from helpers import bits, files, forge, read, read_checkpoint, train, val_only
 
-import main
 from utils import run_directory
 from utils.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
 from utils.errors import UserError
-from utils.exports import exports
-from utils.records import Change
 from utils.resume import check_flags, check_length
 
 
@@ -23,38 +20,19 @@ def stopped(copied) -> Path:
     return copied
 
 
-DEFAULTS = {"lr": 0.1, "width": 64, "end_epoch": 300, "precision": "fp32", "DML": False}
+DEFAULTS = {"lr": 0.1, "end_epoch": 300, "DML": False}
 FILE = Path("run", LAST)
-
-
-def changes(now: dict, before: dict | None = None, allowed=()) -> list[Change]:
-    return check_flags(FILE, DEFAULTS | (before or {}), DEFAULTS | now, DEFAULTS, list(allowed))
-
-
-def test_same_flags_are_no_change():
-    assert changes({}) == []
-
-
-def test_flag_that_one_version_lacks_has_its_default():
-    new = {**DEFAULTS, "new": 3}
-    for before, now in ((DEFAULTS, new), (new, DEFAULTS)):
-        assert check_flags(FILE, before, now, new, []) == []
 
 
 def test_other_flags_are_refused_by_name():
     with pytest.raises(UserError, match=r"^run/checkpoint_last.pth .*: DML True -> False, lr 0.1 -> 0.2; .*--weights"):
-        changes({"lr": 0.2}, {"DML": True})
-
-
-@pytest.mark.parametrize("name, value", [("end_epoch", 4), ("precision", "bf16")])
-def test_change_is_returned_where_it_is_allowed(name, value):
-    assert changes({name: value}, allowed=[name]) == [Change(name, DEFAULTS[name], value)]
+        check_flags(FILE, DEFAULTS | {"DML": True}, DEFAULTS | {"lr": 0.2}, DEFAULTS, [])
 
 
 @pytest.mark.parametrize("others", [{}, {"lr": 0.2}])
 def test_permission_is_suggested_only_where_it_suffices(others):
     with pytest.raises(UserError) as error:
-        changes({"end_epoch": 4, **others})
+        check_flags(FILE, DEFAULTS, DEFAULTS | {"end_epoch": 4, **others}, DEFAULTS, [])
     assert ("--allow_change end_epoch " in str(error.value)) == (not others)
 
 
@@ -62,14 +40,6 @@ def test_more_epochs_than_asked_for_are_refused():
     check_length(FILE, 3, 3)
     with pytest.raises(UserError, match="has 3 epochs already, more than --end_epoch 2"):
         check_length(FILE, 3, 2)
-
-
-def test_runs_are_exported_without_a_disk(finished):
-    run = load_checkpoint(finished / LAST).run
-    contents = exports(run, "finished", main.RUNTIME_FLAGS)
-    assert list(contents) == ["results.json", "metrics.jsonl", "config.json"]
-    for name, text in contents.items():
-        assert (finished / name).read_text() == text
 
 
 @pytest.mark.parametrize("name, before, after", [("end_epoch", 3, 4), ("precision", "fp32", "bf16")])
@@ -193,14 +163,8 @@ def test_forged_content_with_right_checksums_is_one_line_that_names_the_file(ent
     assert files(copied) == before
 
 
-def set_momentum(directory: Path, tensor: torch.Tensor | None) -> None:
-    """Of the first weight, in a run of which the last epoch is left to train."""
-    (directory / PREVIOUS).rename(directory / LAST)
-    optimizer = read_checkpoint(directory)["optimizer"]
-    optimizer["state"][0] = {"momentum_buffer": tensor} if tensor is not None else {}
-    forge(directory / LAST, optimizer=optimizer)
-
-
 def test_momentum_of_another_type_is_cast(stopped):
-    set_momentum(stopped, torch.zeros(4, 3, 3, 3, dtype=torch.float64))
+    optimizer = read_checkpoint(stopped, PREVIOUS)["optimizer"]
+    optimizer["state"][0] = {"momentum_buffer": torch.zeros(4, 3, 3, 3, dtype=torch.float64)}
+    forge(stopped / PREVIOUS, optimizer=optimizer)
     assert train(stopped) == 0

@@ -86,7 +86,7 @@ def test_data_path_and_precision_may_be_given(folder):
 
 
 @pytest.mark.parametrize("words", ["--PSKD", "--width 8", "--overwrite", "--compile"])
-def test_other_flags_are_the_run_s_own(words, folder, refused, capsys):
+def test_other_flags_are_the_run_s_own(words, folder, capsys):
     with pytest.raises(SystemExit):
         val_only(RUN, Path("out"), *words.split())
     name = words.split()[0]

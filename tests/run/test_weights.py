@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torchvision
-from helpers import build_network, one_line, read, read_checkpoint, run, val_only
+from helpers import build_network, read, read_checkpoint, run, val_only
 
 import main
 from models import load_weights
@@ -57,7 +57,7 @@ def pretrained(tmp_path):
 ONE_EPOCH = ("--DML", "--end_epoch", "1", "--seed", "5")
 
 
-def test_a_run_starts_from_the_weights_of_another_and_resumes(pretrained, tmp_path, capsys):
+def test_a_run_starts_from_the_weights_of_another_and_resumes(pretrained, tmp_path, capsys, refused):
     directory = tmp_path / "run"
     assert run(directory, *ONE_EPOCH, "--weights", str(pretrained)) == 0
     line = f"note: --weights: 162 of 162 tensors are from {pretrained}; initial weights in: none\n"
@@ -74,20 +74,17 @@ def test_a_run_starts_from_the_weights_of_another_and_resumes(pretrained, tmp_pa
     assert "--weights" not in capsys.readouterr().out
     moved.unlink()
     assert val_only(directory, tmp_path / "val") == 0
-    assert run(directory, *longer) == 1
-    assert "--allow_change weights_digest continues" in one_line(capsys)
+    assert "--allow_change weights_digest continues" in refused(run, directory, *longer)
     assert run(directory, *longer, "--allow_change", "weights_digest") == 0
 
 
-def test_weights_that_overwrite_would_remove_are_refused(pretrained, capsys):
-    assert run(pretrained, *ONE_EPOCH, "--overwrite", "--weights", str(pretrained)) == 1
-    assert f"--overwrite would remove {pretrained}" in one_line(capsys)
+def test_weights_that_overwrite_would_remove_are_refused(pretrained, refused):
+    error = refused(run, pretrained, *ONE_EPOCH, "--overwrite", "--weights", str(pretrained))
+    assert f"--overwrite would remove {pretrained}" in error
     assert (pretrained / "checkpoint_last.pth").exists()
 
 
-def test_other_weights_are_another_experiment(pretrained, tmp_path, capsys):
+def test_other_weights_are_another_experiment(pretrained, tmp_path, refused):
     directory = tmp_path / "run"
     assert run(directory, *ONE_EPOCH) == 0
-    capsys.readouterr()
-    assert run(directory, *ONE_EPOCH, "--weights", str(pretrained)) == 1
-    assert "weights_digest None -> " in one_line(capsys)
+    assert "weights_digest None -> " in refused(run, directory, *ONE_EPOCH, "--weights", str(pretrained))

@@ -13,13 +13,12 @@ from utils.metrics import confidence_and_error
 from utils.records import classifier_names
 
 OF_ALL = dict.fromkeys(classifier_names(4), 1.0)  # temperatures
-EACH_KIND_OF_EXIT = pytest.mark.parametrize("name", ["resnet18", "resnet34"])  # bottleneck, attention
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("num", [1, 7])
 @pytest.mark.parametrize("threshold, number", [(0, 1), (NEVER, 4)])
-@EACH_KIND_OF_EXIT
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])  # exits: bottleneck, attention
 def test_predict_early_at_extreme_thresholds_equals_forward_to_the_bit(name, threshold, number, num, bf16):
     model = build_network(name, "--BYOT").eval()
     batch = network_images(num=num)
@@ -31,13 +30,6 @@ def test_predict_early_at_extreme_thresholds_equals_forward_to_the_bit(name, thr
     assert torch.equal(logits, classifiers[number - 1])
     assert decided_by.dtype == torch.int64
     assert decided_by.tolist() == [number] * num
-
-
-@EACH_KIND_OF_EXIT
-def test_predict_early_without_exits_goes_to_the_end(name):
-    model = build_network(name).eval()
-    _, decided_by = predict_early(model, network_images(), 0, {"final": 1.0})
-    assert decided_by.tolist() == [4, 4]
 
 
 @torch.no_grad()

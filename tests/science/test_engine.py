@@ -209,13 +209,6 @@ def test_predict_gives_all_classifiers_in_order_of_the_split():
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_predict_leaves_the_network_as_it_is():
-    model, _ = build(parse(ALL))
-    before = copy.deepcopy(model.state_dict())
-    engine.predict(model, Batches(), "fp32")
-    assert_identical(model.state_dict(), before)
-
-
 # Probabilities of exits 1 and 2 and of the final classifier, for two images of classes 0 and 1.
 CLASSIFIERS = [[[0.8, 0.2], [0.3, 0.7]], [[0.1, 0.9], [0.9, 0.1]], [[0.4, 0.6], [0.2, 0.8]]]
 LOGITS = torch.tensor(CLASSIFIERS, dtype=torch.float64).log()
@@ -225,17 +218,13 @@ LABELS = torch.tensor([0, 1])
 NAMES = ["exit 1", "exit 2", "final"]
 
 
-def metrics_of(logits) -> dict[str, float]:
-    return all_metrics(per_sample(logits, LABELS))
-
-
 @pytest.mark.parametrize("trained", [NAMES, ["exit 1", "final"], ["exit 2", "final"], ["final"]])
 def test_evaluate_gives_metrics_of_trained_classifiers_and_of_the_ensemble_of_several(trained):
     found = engine.evaluate(LOGITS, LABELS, trained)
     assert list(found) == [*trained, "ensemble"][: None if len(trained) > 1 else 1]
     for name, logits in zip(NAMES, LOGITS, strict=True):
         if name in trained:
-            assert found[name] == metrics_of(logits)
+            assert found[name] == all_metrics(per_sample(logits, LABELS))
 
 
 def nll_of_ensemble(logits, labels, trained: list[str]) -> float:

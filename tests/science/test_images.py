@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import random_images
+from helpers import random_images, save_photos
 from PIL import Image, ImageOps, PngImagePlugin
 from torchvision.transforms import functional as reference
 
@@ -34,12 +34,8 @@ def write(folder, pixels, **options):
 
 @pytest.fixture
 def root(tmp_path):
-    """3 + 1 images of 20 x 24 pixels in each of 3 classes, a, b and c."""
-    for number, image in enumerate(random_images(12, 24, 20)):
-        folder = tmp_path / "set" / ("train" if number < 9 else "test") / "abc"[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{number % 9:04}.png", compress_level=0)
-    return tmp_path / "set"
+    save_photos(tmp_path)
+    return tmp_path
 
 
 SMALL = ReadOptions(32)
@@ -138,13 +134,13 @@ def test_cache_is_used_until_a_file_changes(root, monkeypatch):
     monkeypatch.setattr(Image, "open", opened)
     before = load_root(root)
     assert (load_root(root) == before).all()
-    assert opened.call_count == 12  # each file once
-    file, facts = root / "train/a/0000.png", (root / "train/a/0000.png").stat()
-    shutil.copyfile(root / "train/b/0001.png", file)  # of the same size, and given the same time
+    assert opened.call_count == 24  # each file once
+    file, facts = root / "train/a/10.png", (root / "train/a/10.png").stat()
+    shutil.copyfile(root / "train/b/1.png", file)  # of the same size, and given the same time
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     after = load_root(root)
     assert file.stat().st_size == facts.st_size
-    assert (after[0] == before[3]).all()
+    assert (after[0] == before[8]).all()
 
 
 def caches(folder):
@@ -188,7 +184,7 @@ def test_cache_is_announced_once_with_path_and_size(tmp_path, capsys):
 def test_cache_of_one_split_is_used_without_the_other(root, monkeypatch):
     expected = readers.read_folder(root, SMALL).splits["test"].digest()
     monkeypatch.setattr(images, "_decode", None)
-    (root / "train/a/0000.png").unlink()
+    (root / "train/a/10.png").unlink()
     assert readers.read_folder(root, ReadOptions(32, val_only=True)).splits["test"].digest() == expected
 
 

@@ -90,9 +90,8 @@ def test_without_an_image_the_table_holds_no_earlier_rows(multi_exit, tmp_path):
     assert table.read_text().splitlines() == [",".join(predict.HEADINGS)]
 
 
-def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
-    assert call(tmp_path, "x.png") == 1
-    assert "must be a run directory" in capsys.readouterr().err
+def test_a_folder_that_is_no_run_is_an_error(tmp_path, refused):
+    assert "must be a run directory" in refused(call, tmp_path, "x.png")
 
 
 def vary(photos):

@@ -310,10 +310,10 @@ def test_damaged_run_is_named_and_left_out(name, tmp_path, summary):
     assert re.search(r"- left out: \S+/bad \(.+\)\n", out)
 
 
-def test_without_a_finished_run_the_error_says_why(tmp_path, capsys):
+def test_without_a_finished_run_the_error_says_why(tmp_path, refused):
     make_finished_run(tmp_path, "cut", 20.0, results={"status": "interrupted"})
-    assert summarize.main([str(tmp_path)]) == 1
-    assert re.search(r"error: no finished run in .*; \S+/cut \(interrupted, ", capsys.readouterr().err)
+    error = refused(summarize.main, [str(tmp_path)])
+    assert re.search(r"no finished run in .*; \S+/cut \(interrupted, ", error)
 
 
 def test_columns_that_no_classifier_has_are_an_error(refused):
