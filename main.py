@@ -56,9 +56,10 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="main.py",
         usage="%(prog)s [--PSKD] [--BYOT] [--DML] [--data_type ...] [--classifier_type ...] [more, see --help]",
-        description="Train an image classifier with any combination of three teacher-free losses and report top-1 "
-        "and top-5 error, NLL, ECE and AURC. Files go to <experiments_dir>/<run_name>/. The same command run again "
-        "continues where it stopped.",
+        description="Train an image classifier with any combination of three losses that need no separate teacher, and "
+        "report top-1 and top-5 error, NLL, ECE and AURC. Files go to <experiments_dir>/<run_name>/. The same command "
+        "run again continues where it stopped. The paper, which many defaults name: Progressive Self-Knowledge "
+        "Distillation with Mutual Learning, 2023.",
         epilog="example: python main.py --BYOT --data_type synthetic --end_epoch 2",  # fits a line
         allow_abbrev=False,
     )

@@ -15,7 +15,7 @@ HYPERPARAMETERS = {"PSKD": ("alpha_T",), "BYOT": ("alpha", "temperature", "beta"
 def add_flags(parser) -> None:
     group = parser.add_argument_group("methods (all off: the baseline)")
     switch, number = functools.partial(add_switch, group), functools.partial(add_number, group)
-    switch("--PSKD", help="soften labels with the previous epoch's own predictions")
+    switch("--PSKD", help="soften labels with the network's predictions of the previous epoch")
     switch("--BYOT", help="let the final classifier teach the exits (paper, eq. 2)")
     switch("--DML", help="let exits and final feature learn from each other (paper, eq. 3)")
     number(
