@@ -131,8 +131,8 @@ def load_splits(args: Namespace, device: torch.device | str, record: DataRecord 
         UserError: files that are missing or damaged, flags that the data cannot meet, or other classes.
     """
     dataset = DATASETS[args.data_type]
-    options = ReadOptions(stored_size(args), args.workers, args.val_split is not None, args.val_only)
-    read = partial(dataset.read, Path(args.data_path), options)
+    read_options = ReadOptions(stored_size(args), args.workers, args.val_split is not None, args.val_only)
+    read = partial(dataset.read, Path(args.data_path), read_options)
     images = distributed.local_rank_0_first(read)
     _check_images(args, images)
     splits, class_names = _select_classes(args, images)
@@ -143,7 +143,7 @@ def load_splits(args: Namespace, device: torch.device | str, record: DataRecord 
         raise UserError(f"{args.data_path} has other classes than the network was trained on: {changes}")
     if dataset.stored_size is not None:  # its pixels are compared, whatever files they come from
         splits = {name: part._replace(file_digests=None) for name, part in splits.items()}
-    facts = _divide(args, splits, class_names, record)
+    split_records = _divide(args, splits, class_names, record)  # the loop below adds those of the splits
     normalisation = record or dataset
     mean, std = normalisation.mean, normalisation.std
     if mean is None:
@@ -151,15 +151,15 @@ def load_splits(args: Namespace, device: torch.device | str, record: DataRecord 
 
     if args.val_only:
         splits.pop("train", None)
-    found = DataRecord(list(class_names), mean, std, facts)
+    data_record = DataRecord(list(class_names), mean, std, split_records)
     training = {"augmentation": dataset.augmentation, "batch_size": args.batch_size, "seed": args.seed}
     loaders = {}
     for name, part in splits.items():
         is_train = name == "train"
         part = part.first_of_each_class(args.limit_train if is_train else args.limit_val)
-        facts[name] = _record_of(part)
+        split_records[name] = _record_of(part)
         options = training if is_train else {}
-        loaders[name] = Loader(part, found, args.image_size, torch.device(device), **options)
+        loaders[name] = Loader(part, data_record, args.image_size, torch.device(device), **options)
     return loaders
 
 
