@@ -260,8 +260,9 @@ def plot(paths: list[Path], out: Path, only: list[str]) -> None:
     with figures.drawing() as Figure:
         drawn = {"differences": draw_differences(Figure, groups)}
         for name in KINDS:
-            has_few = name == "early_exit" and not only and EARLY_EXIT.intersection(labels)
-            shown = [group for group in groups if not has_few or group.label in (BASE, *EARLY_EXIT)]
+            shown = groups
+            if name == "early_exit" and not only and EARLY_EXIT & labels:
+                shown = [group for group in groups if group.label in (BASE, *EARLY_EXIT)]
             drawn[name] = draw_lines(Figure, name, shown)
         for name, figure in drawn.items():
             if figure is None:

@@ -141,14 +141,17 @@ class TrainStep:
             outputs = self.model(images)
         loss, parts = self.loss(outputs, labels, index, batch_size)
         self.optimizer.zero_grad()
-        # The scaler does nothing to the loss unless the precision is fp16.
-        one = torch.ones_like(loss)
-        scale = self.scaler.scale(one)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # scaled with fp16 alone
         self.scaler.step(self.optimizer)  # on a GPU nothing waits: the fused optimiser skips by itself
+        if self.scaler.is_enabled():
+            self._update_scale(torch.ones_like(loss))
+        self.meter.update(parts, outputs.logits, labels, batch_size)
+
+    def _update_scale(self, one: Tensor) -> None:
+        """Halve the scale after a step that overflowed, and count it."""
+        scale = self.scaler.scale(one)
         self.scaler.update()
         self.meter.num_skipped += self.scaler.scale(one) < scale
-        self.meter.update(parts, outputs.logits, labels, batch_size)
 
 
 def train_one_epoch(step, loader, progress: Callable = lambda loader, meter: loader) -> dict:

@@ -15,11 +15,9 @@ import numpy as np
 
 from utils.errors import UserError
 
-TEMPORARY = f"*.{'[0-9a-f]' * 32}.tmp"  # what a killed process leaves, as a glob pattern
-
 
 def temporary_name(path: Path) -> Path:
-    """A unique path next to `path`, which matches TEMPORARY."""
+    """A unique path next to `path`; `*.tmp` finds what a killed process left."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from utils import launch
 from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, find_checkpoint, load_checkpoint, write_checkpoint
 from utils.errors import Interrupted, UserError, tell
 from utils.exports import exports
-from utils.files import TEMPORARY, link_atomic, write_atomic
+from utils.files import link_atomic, write_atomic
 from utils.records import EpochRecord, RunRecord, TestRecord, best_epoch
 
 # What a run writes beside checkpoints, and --overwrite removes.
 LOG = "experiment.log"
 EXPORTS = ("config.json", "metrics.jsonl", "results.json", "predictions.npz")
+TEMPORARY = re.compile(r"(checkpoint_\w+\.pth|[\w.]+\.jsonl?|predictions\.npz)\.[0-9a-f]{32}\.tmp")
 
 # Writing costs at most about a twentieth of the time, unless a write is too short to matter.
 SAVE_INTERVAL = 20  # times the duration of a write
@@ -141,8 +143,9 @@ class RunDirectory:
             if (self.path / LAST).exists():
                 raise UserError(f"{self.path} is now used by another run; rerun this command to continue it")
         self.check_lock()
+        unwanted = [file for file in self.path.iterdir() if TEMPORARY.fullmatch(file.name)]
         # Event files are rewritten from the history, so that no step is in them twice.
-        unwanted = [*self.path.glob(TEMPORARY), *self.path.glob("tensorboard/**/events.out.tfevents.*")]
+        unwanted += self.path.glob("tensorboard/**/events.out.tfevents.*")
         if checkpoint is None:
             unwanted += [self.path / name for name in (*EXPORTS, LOG)]
             unwanted += self.path.glob("checkpoint_*.pth")
